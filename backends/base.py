@@ -1,0 +1,94 @@
+"""The engine contract. `tests/test_conformance.py` is its executable form: an engine passes or is none."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from anysize.backends.spec import ModelSpec
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Feeds = Mapping[str, Array]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model in one form an engine may take.
+
+    `format` and `data`: "module" a `torch.nn.Module` in eval mode that nobody else changes; "onnx" the
+    file's bytes, or its path where it does not stand alone (external data); "xml" the path of an OpenVINO
+    IR; plugins may add their own. `spec` is None only while a foreign file is being probed.
+    """
+
+    format: str
+    data: Any
+    spec: ModelSpec | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is asked for. `threads` None: the engine's own default, all cores."""
+
+    precision: str = "f32"
+    device: str = "cpu"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output as the engine declares it; None marks an axis it leaves open."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+
+
+class Executable(ABC):
+    """One compiled program.
+
+    `precision` and `device` are what really runs, read back from the engine where it tells.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    precision: str
+    device: str
+
+    @abstractmethod
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run once. Thread-safe; never changes `feeds`; returns C-contiguous arrays that the caller owns."""
+
+    def close(self) -> None:  # noqa: B027 - most engines free their program with the object
+        """Free the program. Called once, when no run is under way."""
+
+
+class Backend(ABC):
+    """An engine. Constructing one imports the engine, and only that may fail with `ImportError`."""
+
+    name: ClassVar[str]
+    #: model formats it takes, best first
+    formats: ClassVar[tuple[str, ...]]
+    precisions: ClassVar[tuple[str, ...]] = ("f32",)
+    #: True if a program compiled for fixed shapes runs better than one for any shape
+    prefers_static: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The engine's version."""
+
+    @abstractmethod
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+        """Compile for exactly these input shapes, or for any (None).
+
+        Raises `OptionError` for a precision or device that the engine or this processor has not.
+        """
+
+    def metadata(self, model: Model) -> dict[str, str]:
+        """The texts stored in the model's file, by key; empty where the format holds none."""
+        return {}

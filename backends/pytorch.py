@@ -1,0 +1,120 @@
+"""PyTorch, eager: channels_last, inference mode, bf16 by autocast so that residual sums stay f32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
+from anysize.backends.errors import ModelLoadError, OptionError
+from anysize.backends.spec import TensorSpec
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    formats = ("module",)
+    precisions = ("f32", "bf16")
+
+    def __init__(self) -> None:
+        import torch
+
+        self._torch = torch
+
+    @property
+    def version(self) -> str:
+        return str(self._torch.__version__)
+
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+        torch = self._torch
+        if options.precision not in self.precisions:
+            raise OptionError(f"torch runs {' or '.join(self.precisions)}, not {options.precision}")
+        try:
+            device = torch.device(options.device)
+        except RuntimeError as error:
+            raise OptionError(f"unknown device '{options.device}' for torch") from error
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+            raise OptionError(f"device '{options.device}' is not available to torch here")
+        if options.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16(torch):
+            raise OptionError("this processor has no bf16 arithmetic; use f32")
+        if model.spec is None:
+            raise ModelLoadError("torch needs a module with its contract")
+        return _Program(torch, model, device, options)
+
+
+def _cpu_has_bf16(torch: Any) -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Program(Executable):
+    def __init__(self, torch: Any, model: Model, device: Any, options: EngineOptions) -> None:
+        assert model.spec is not None
+        self._torch, self._options, self._where = torch, options, device
+        self._module = model.data.to(device=device, memory_format=torch.channels_last)
+        self._spec = model.spec
+        self.inputs, self.outputs = _ports(model.spec.inputs), _ports(model.spec.outputs)
+        self.precision, self.device = options.precision, str(device)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        torch = self._torch
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(_threads(torch, self._options.threads))
+            # A host's own autocast must not change what runs here, so it is set either way.
+            bf16 = self.precision == "bf16"
+            stack.enter_context(torch.autocast(self._where.type, torch.bfloat16, enabled=bf16))
+            if self._where.type == "cuda":  # TF32 is torch's default for convolutions, and is not f32
+                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+            # The copy is ours: modules may work in place, and from_numpy cannot take read-only memory.
+            tensors = [torch.from_numpy(np.array(feeds[p.name], order="C")) for p in self.inputs]
+            tensors = [
+                t.to(self._where, memory_format=torch.channels_last) if t.ndim == 4 else t.to(self._where)
+                for t in tensors
+            ]
+            results = flatten_outputs(self._module(*tensors))
+            if len(results) != len(self.outputs):
+                raise RuntimeError(f"the module returned {len(results)} tensors, not {len(self.outputs)}")
+            return {
+                p.name: _to_numpy(torch, r, p.dtype) for p, r in zip(self.outputs, results, strict=True)
+            }
+
+
+def flatten_outputs(value: Any) -> list[Any]:
+    """The tensors of a module's return value in order: a tensor, or a (data)class, dict or list of them."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif hasattr(value, "__dataclass_fields__"):
+        value = [getattr(value, field) for field in value.__dataclass_fields__]
+    if isinstance(value, Sequence):
+        return [tensor for item in value if item is not None for tensor in flatten_outputs(item)]
+    return [value]
+
+
+def _to_numpy(torch: Any, tensor: Any, dtype: np.dtype[Any]) -> Array:
+    if tensor.dtype == torch.bfloat16:  # numpy has no bf16
+        tensor = tensor.float()
+    owned = tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True).numpy()
+    return np.asarray(owned.astype(dtype, copy=False))
+
+
+def _ports(specs: tuple[TensorSpec, ...]) -> tuple[Port, ...]:
+    return tuple(
+        Port(t.name, t.dtype, tuple(s if isinstance(s, int) else None for s in t.shape)) for t in specs
+    )
+
+
+@contextmanager
+def _threads(torch: Any, count: int | None) -> Iterator[None]:
+    """torch's thread count belongs to the calling thread; give it back as it was."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

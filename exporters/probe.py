@@ -1,0 +1,393 @@
+"""Find a model's contract by running it: valid sizes, tied axes, output rule, receptive radius.
+
+Works on anything that maps named arrays to named arrays, so it knows neither architecture nor engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from anysize.backends.base import Array, Feeds
+from anysize.backends.errors import ExportError
+from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
+
+Run = Callable[[Feeds], dict[str, Array]]
+#: per input: dtype, and its axes: an int is fixed, a name is an axis to be probed
+Templates = Mapping[str, tuple[np.dtype[Any], tuple[int | str, ...]]]
+
+_BASES = (16, 32, 64, 8, 24, 48, 96, 128, 224, 256, 512, 4, 2, 1)
+_RATIOS = (Fraction(1), Fraction(2), Fraction(1, 2), Fraction(4), Fraction(1, 4), Fraction(8), Fraction(1, 8))
+_SCAN_LIMITS = (18, 36, 72, 144, 288)
+_LARGEST = 512
+_LONGEST = 2048  # of the strips that measure the radius
+
+
+def probe(
+    run: Run,
+    templates: Templates,
+    *,
+    example: Mapping[str, int] | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    radius: bool = True,
+) -> ModelSpec:
+    """Probe `run` at many sizes and return what it obeys.
+
+    `example`: sizes of the named axes that are known to work (found by trial where not given).
+    An axis that starts as free but works at one size only becomes fixed. Raises `ExportError` if no
+    valid size is found or the sizes follow no rule the contract can hold.
+    """
+    return _Probe(run, templates, value_range).spec(dict(example or {}), radius)
+
+
+class _Probe:
+    def __init__(self, run: Run, templates: Templates, value_range: tuple[float, float]) -> None:
+        self.run, self.templates, self.value_range = run, templates, value_range
+        self.names = list(dict.fromkeys(a for _, axes in templates.values() for a in axes if isinstance(a, str)))
+        first_axes = {axes[0] for _, axes in templates.values() if len(axes) > 1}
+        self.batch = [n for n in self.names if n in first_axes]
+        self.seen: dict[tuple[int, ...], dict[str, Array] | None] = {}
+        self.ties: dict[str, Rule] = {}
+        self.fixed: dict[str, int] = {}
+        self.dtypes: dict[str, np.dtype[Any]] = {}
+        self.error: Exception | None = None
+        self.rng = np.random.default_rng(0)
+
+    # -- running at one size
+
+    def feeds(self, sizes: Mapping[str, int]) -> dict[str, Array]:
+        low, high = self.value_range
+        feeds: dict[str, Array] = {}
+        for name, (dtype, axes) in self.templates.items():
+            shape = tuple(a if isinstance(a, int) else sizes[a] for a in axes)
+            values = low + (high - low) * self.rng.random(shape, np.float32)
+            feeds[name] = values.astype(dtype)
+        return feeds
+
+    def complete(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
+        """Add the tied axes' sizes; None if one would not be whole."""
+        full = {**self.fixed, **sizes}
+        for name, rule in self.ties.items():
+            if full[rule.dim] % rule.div:
+                return None
+            full[name] = rule(full[rule.dim])
+        return full
+
+    def attempt(self, sizes: Mapping[str, int]) -> dict[str, Array] | None:
+        """Output shapes (as arrays of ints) at these sizes, or None where the model does not work."""
+        full = self.complete(sizes)
+        if full is None:
+            return None
+        key = tuple(full[n] for n in self.names)
+        if key not in self.seen:
+            self.seen[key] = self._attempt(full)
+        return self.seen[key]
+
+    def _attempt(self, sizes: Mapping[str, int]) -> dict[str, Array] | None:
+        try:
+            outputs = self.run(self.feeds(sizes))
+        except Exception as error:  # whatever the model or its engine raises at a size it cannot take
+            self.error = error
+            return None
+        if any(o.size == 0 or not np.isfinite(o).all() for o in outputs.values()):
+            return None
+        self.dtypes = {name: o.dtype for name, o in outputs.items()}
+        return {name: np.array(o.shape) for name, o in outputs.items()}
+
+    # -- the steps
+
+    def spec(self, example: dict[str, int], radius: bool) -> ModelSpec:
+        base = self.find_base(example)
+        self.find_ties(base)
+        free = {n: s for n, s in base.items() if n not in self.ties and n not in self.fixed}
+        dims = {name: self.scan(name, free) for name in free}
+        outputs = self.fit_outputs(free, dims)
+        inputs = tuple(
+            TensorSpec(name, dtype, tuple(a if isinstance(a, int) else self.size(a, dims) for a in axes))
+            for name, (dtype, axes) in self.templates.items()
+        )
+        seen: set[str] = set()
+        inputs = tuple(TensorSpec(t.name, t.dtype, _repeats_as_rules(t.shape, seen)) for t in inputs)
+        spec = ModelSpec(inputs, outputs, self.value_range)
+        if radius and spec.scale is not None:
+            reach = measure_radius(self.run, spec, self.rng)
+            spec = ModelSpec(inputs, outputs, self.value_range, reach, reach is not None)
+        return spec
+
+    def size(self, name: str, dims: Mapping[str, Dim]) -> Size:
+        return self.fixed[name] if name in self.fixed else self.ties.get(name) or dims[name]
+
+    def find_base(self, example: dict[str, int]) -> dict[str, int]:
+        if set(example) >= set(self.names):
+            if self.attempt(example) is None:
+                raise ExportError(f"the model does not run at the example's sizes {example}: {self.error}")
+            return {n: example[n] for n in self.names}
+        # Axes of later inputs may be a ratio of the first one's: try the ratios once equal sizes failed.
+        first, *later = [[a for a in axes if isinstance(a, str)] for _, axes in self.templates.values()]
+        for ratios in itertools.product(_RATIOS, repeat=min(len(later), 2)):
+            for size in _BASES:
+                sizes = dict.fromkeys(self.names, Fraction(size))
+                for axes, ratio in zip(later, ratios, strict=False):
+                    sizes.update({a: size * ratio for a in axes if a not in first})
+                sizes.update(dict.fromkeys(self.batch, Fraction(1)))
+                if any(s.denominator > 1 for s in sizes.values()):
+                    continue
+                trial = {n: int(s) for n, s in sizes.items()} | example
+                if self.attempt(trial) is not None:
+                    return trial
+        raise ExportError(f"the model ran at none of the sizes tried; give an example input. Last error: {self.error}")
+
+    def find_ties(self, base: dict[str, int]) -> None:
+        """Which axes cannot move alone: tied to an earlier one, or fixed."""
+        for i, name in enumerate(self.names):
+            if any(self.attempt(base | {name: s}) is not None for s in self.other_sizes(name, base[name])):
+                continue
+            for other in self.names[:i]:
+                if other in self.ties or other in self.fixed or (other in self.batch) != (name in self.batch):
+                    continue
+                joint = [base | {n: base[n] * k for n in (other, name)} for k in (2, 3)]
+                if all(self.attempt(sizes) is not None for sizes in joint):
+                    ratio = Fraction(base[name], base[other])
+                    self.ties[name] = Rule(other, ratio.numerator, ratio.denominator)
+                    break
+        # An axis that moves neither alone nor as the leader of a tie is fixed.
+        leaders = {rule.dim for rule in self.ties.values()}
+        for name in self.names:
+            if name in self.ties or name in leaders:
+                continue
+            others = self.other_sizes(name, base[name])
+            if all(self.attempt({**base, **self.follow(base), name: s}) is None for s in others):
+                self.fixed[name] = base[name]
+
+    def follow(self, base: Mapping[str, int]) -> dict[str, int]:
+        return {name: rule(base[rule.dim]) for name, rule in self.ties.items()}
+
+    def other_sizes(self, name: str, size: int) -> list[int]:
+        if name in self.batch:
+            return [s for s in (1, 2, 3) if s != size]
+        steps = (1, 2, 3, 4, 5, 7, 8, 16, 32, 64)
+        near = [size + sign * step for step in steps for sign in (1, -1)]
+        return [s for s in (*near, 2 * size, size // 2, 3 * size) if s > 0 and s != size]
+
+    def scan(self, name: str, base: Mapping[str, int]) -> Dim:
+        """Minimum, multiple and maximum of one free axis, the others at their base."""
+
+        def works(size: int) -> bool:
+            return self.attempt({**base, name: size}) is not None
+
+        if name in self.batch:
+            sizes = [s for s in (1, 2, 3) if works(s)]
+            return Dim(name, min=sizes[0], max=None if 3 in sizes else sizes[-1])
+        for limit in _SCAN_LIMITS:
+            valid = [s for s in range(1, limit + 1) if works(s)]
+            tail = [s for s in valid if s > limit // 2]
+            multiple = math.gcd(*tail) if tail else 0
+            # Three in the upper half show the step; every multiple there must be one of them.
+            if len(tail) >= 3 and tail == [s for s in range(limit // 2 + 1, limit + 1) if s % multiple == 0]:
+                break
+        else:
+            raise ExportError(f"axis '{name}': the sizes that work follow no rule: {valid or 'none'}")
+        least = tail[0]
+        while least - multiple in valid:
+            least -= multiple
+        return Dim(name, least, self.maximum(works, tail[-1], multiple), multiple)
+
+    def maximum(self, works: Callable[[int], bool], good: int, multiple: int) -> int | None:
+        bad = multiple * math.ceil(_LARGEST / multiple)
+        if works(bad):
+            return None
+        while bad - good > multiple:
+            middle = (good + bad) // 2 // multiple * multiple
+            middle = max(middle, good + multiple)
+            if works(middle):
+                good = middle
+            else:
+                bad = middle
+        return good
+
+    def fit_outputs(self, base: Mapping[str, int], dims: Mapping[str, Dim]) -> tuple[TensorSpec, ...]:
+        for joint in _joint_sizes(dims):
+            self.attempt(joint)
+        points = [
+            (dict(zip(self.names, key, strict=True)), shapes)
+            for key, shapes in self.seen.items()
+            if shapes is not None and self.inside(dict(zip(self.names, key, strict=True)), dims)
+        ]
+        _, reference = points[0]
+        outputs = []
+        for name, shape in reference.items():
+            if any(len(shapes[name]) != len(shape) for _, shapes in points):
+                raise ExportError(f"output '{name}' changes its rank with the input's size")
+            sizes = [
+                _fit_axis([(at, int(shapes[name][axis])) for at, shapes in points], dims, f"output '{name}' axis {axis}")
+                for axis in range(len(shape))
+            ]
+            outputs.append(TensorSpec(name, self.dtypes[name], tuple(sizes)))
+        return tuple(outputs)
+
+    def inside(self, sizes: Mapping[str, int], dims: Mapping[str, Dim]) -> bool:
+        return all(dim.allows(sizes[name]) for name, dim in dims.items())
+
+
+def _repeats_as_rules(shape: tuple[Size, ...], seen: set[str]) -> tuple[Size, ...]:
+    """A Dim stands once in the contract, at its first axis; its later axes say they equal it."""
+    sizes: list[Size] = []
+    for size in shape:
+        if isinstance(size, Dim):
+            sizes.append(Rule(size.name) if size.name in seen else size)
+            seen.add(size.name)
+        else:
+            sizes.append(size)
+    return tuple(sizes)
+
+
+def _joint_sizes(dims: Mapping[str, Dim]) -> list[dict[str, int]]:
+    """A few valid sizes in which all axes differ from one another."""
+
+    def clip(dim: Dim, size: int) -> int:
+        wanted = dim.ceil(size)
+        return wanted if dim.allows(wanted) else dim.floor(size) or dim.ceil(dim.min)
+
+    return [
+        {n: clip(d, 2 + k if d.max is not None and d.max < 4 else a + 6 * i) for i, (n, d) in enumerate(dims.items())}
+        for k, a in enumerate((13, 22, 37))
+    ]
+
+
+def _fit_axis(points: list[tuple[dict[str, int], int]], dims: Mapping[str, Dim], what: str) -> int | Rule:
+    """The int or the `Rule` that gives every observed size of one output axis."""
+    if len({size for _, size in points}) == 1:
+        return points[0][1]
+    for name, dim in dims.items():
+        pairs = sorted({(at[name], size) for at, size in points})
+        if len({s for s, _ in pairs}) == len(pairs) and (rule := _fit_rule(name, pairs, dim)):
+            return rule
+    raise ExportError(f"{what} follows no rule of one input axis: {[s for _, s in points[:8]]}")
+
+
+def _fit_rule(name: str, pairs: list[tuple[int, int]], dim: Dim) -> Rule | None:
+    """The simplest `Rule` through all (size, output size) pairs."""
+    by_size = dict(pairs)
+    for div in range(1, 65):
+        steps = [(s, s + k * div) for s in by_size for k in range(1, 9) if s + k * div in by_size]
+        slopes = {Fraction((by_size[b] - by_size[a]) * div, b - a) for a, b in steps}
+        if len(slopes) != 1:
+            continue
+        (slope,) = slopes
+        if slope.denominator > 1 or slope < 1:
+            continue
+        mul = int(slope)
+        for pre in range(div):
+            size, output = pairs[0]
+            rule = Rule(name, mul, div, pre, output - mul * ((size + pre) // div))
+            if all(rule(s) == o for s, o in pairs):
+                return _simplest(rule, dim)
+    return None
+
+
+def _simplest(rule: Rule, dim: Dim) -> Rule:
+    """The same sizes without a floor where the axis only takes multiples of the divisor."""
+    if dim.multiple_of % rule.div == 0 and rule.mul % rule.div == 0:
+        return Rule(rule.dim, rule.mul // rule.div, 1, 0, rule.add)
+    return rule
+
+
+# -- how far a pixel reaches
+
+
+def measure_radius(run: Run, spec: ModelSpec, rng: np.random.Generator) -> int | None:
+    """The receptive radius in input pixels, or None if unbounded or the model is not shift-invariant.
+
+    A row (then a column) of NaN spreads through every operator that reads it, whatever the weights, so
+    the rows that come out different are the structural reach, not the one that rounding hides. Some
+    engines swallow NaN in ReLU: huge values of both signs are tried too, and the union counts.
+    The result is then checked: a tile with that halo must equal the whole.
+    """
+    radii = [_axis_radius(run, spec, axis, rng) for axis in (2, 3)]
+    if any(r is None for r in radii):
+        return None
+    radius = max(r for r in radii if r is not None)
+    if all(_tile_equals_whole(run, spec, axis, radius, rng) for axis in (2, 3)):
+        return radius
+    return None
+
+
+def image_step(spec: ModelSpec, axis: int) -> int:
+    """Sizes and tile origins along an image axis must be multiples of this for whole output pixels."""
+    size, out = spec.inputs[0].shape[axis], spec.outputs[0].shape[axis]
+    multiple = size.multiple_of if isinstance(size, Dim) else 1
+    return math.lcm(multiple, out.div if isinstance(out, Rule) else 1)
+
+
+def _strip(spec: ModelSpec, axis: int, length: int, rng: np.random.Generator) -> Array | None:
+    """A random input, `length` or a little more along `axis` and as thin as allowed across."""
+    shape = []
+    for i, size in enumerate(spec.inputs[0].shape):
+        if isinstance(size, Rule):
+            return None  # tied axes: the strip cannot be thin, nor a tile a free rectangle
+        step = image_step(spec, i) if i >= 2 else 1
+        wanted = length if i == axis else 1
+        got = size if isinstance(size, int) else size.ceil(step * math.ceil(max(wanted, size.min) / step))
+        if isinstance(size, Dim) and not size.allows(got):
+            return None
+        shape.append(got)
+    if shape[axis] < length:
+        return None
+    low, high = spec.value_range
+    return (low + (high - low) * rng.random(shape)).astype(spec.inputs[0].dtype)
+
+
+def _axis_radius(run: Run, spec: ModelSpec, axis: int, rng: np.random.Generator) -> int | None:
+    name, out, scale = spec.inputs[0].name, spec.outputs[0].name, spec.scale or 1
+    length = 64
+    while length <= _LONGEST:
+        x = _strip(spec, axis, length, rng)
+        if x is None:
+            return None
+        length = x.shape[axis]
+        middle = length // 2
+        plain = run({name: x})[out]
+        reach: int | None = 0
+        for at in range(middle, middle + image_step(spec, axis)):
+            changed = np.zeros(plain.shape[axis], bool)
+            for value in (np.nan, 1e30, -1e30):
+                poked = x.copy()
+                poked[(slice(None),) * axis + (at,)] = value
+                different = run({name: poked})[out] != plain  # NaN differs from everything
+                changed |= different.any(axis=tuple(i for i in range(4) if i != axis))
+            rows = np.flatnonzero(changed)
+            if not rows.size:
+                return None  # the model ignores this pixel, or the engine hid it: nothing is known
+            first, last = int(rows[0]) // scale, int(rows[-1]) // scale
+            if first == 0 or last == length - 1:
+                reach = None  # may go on beyond the strip
+                break
+            reach = max(reach or 0, at - first, last - at)
+        if reach is not None:
+            return reach
+        length *= 2
+    return None
+
+
+def _tile_equals_whole(run: Run, spec: ModelSpec, axis: int, radius: int, rng: np.random.Generator) -> bool:
+    name, out, scale = spec.inputs[0].name, spec.outputs[0].name, spec.scale or 1
+    step = image_step(spec, axis)
+    halo = step * math.ceil(radius / step)
+    core = step * math.ceil(16 / step)
+    start = step * math.ceil((halo + 7) / step)
+    tile = _strip(spec, axis, core + 2 * halo, rng)
+    if tile is None:
+        return False
+    core = tile.shape[axis] - 2 * halo
+    whole = _strip(spec, axis, start + tile.shape[axis] + halo + step, rng)
+    if whole is None:
+        return False
+    window = whole.take(range(start, start + tile.shape[axis]), axis)
+    want = run({name: whole})[out].take(range((start + halo) * scale, (start + halo + core) * scale), axis)
+    got = run({name: window})[out].take(range(halo * scale, (halo + core) * scale), axis)
+    return bool(np.abs(got - want).max() <= 1e-4 * max(1.0, float(np.abs(want).max())))

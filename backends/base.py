@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-
 from anysize.backends.spec import ModelSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]

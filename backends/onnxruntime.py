@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
 from anysize.backends.errors import ModelLoadError, OptionError
 

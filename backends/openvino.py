@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
 from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import SPEC_KEY

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
 from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import TensorSpec
@@ -77,9 +75,7 @@ class _Program(Executable):
             results = flatten_outputs(self._module(*tensors))
             if len(results) != len(self.outputs):
                 raise RuntimeError(f"the module returned {len(results)} tensors, not {len(self.outputs)}")
-            return {
-                p.name: _to_numpy(torch, r, p.dtype) for p, r in zip(self.outputs, results, strict=True)
-            }
+            return {p.name: _to_numpy(torch, r, p.dtype) for p, r in zip(self.outputs, results, strict=True)}
 
 
 def flatten_outputs(value: Any) -> list[Any]:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
 from anysize.backends.errors import ModelLoadError, ShapeError
 
 SPEC_KEY = "anysize.spec"
@@ -246,6 +245,7 @@ def _tensor(data: Mapping[str, Any]) -> TensorSpec:
         ((kind, fields),) = value.items()
         if not all(v is None or isinstance(v, (int, str)) for v in fields.values()):
             raise ValueError(f"size {value!r}")
-        return {"Dim": Dim, "Rule": Rule}[kind](**fields)
+        kinds: dict[str, type[Dim] | type[Rule]] = {"Dim": Dim, "Rule": Rule}
+        return kinds[kind](**fields)
 
     return TensorSpec(str(data["name"]), np.dtype(data["dtype"]), tuple(map(size, data["shape"])))

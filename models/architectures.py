@@ -43,7 +43,8 @@ class ResidualDenseBlock(nn.Module):
         seen = x
         for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
             seen = torch.cat((seen, F.leaky_relu(conv(seen), 0.2)), dim=1)
-        return x + 0.2 * self.conv5(seen)
+        residual: Tensor = self.conv5(seen)
+        return x + 0.2 * residual
 
 
 class RRDB(nn.Module):
@@ -56,7 +57,8 @@ class RRDB(nn.Module):
         self.rdb3 = ResidualDenseBlock(features, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
+        residual: Tensor = self.rdb3(self.rdb2(self.rdb1(x)))
+        return x + 0.2 * residual
 
 
 class RRDBNet(nn.Module):
@@ -102,9 +104,7 @@ class RRDBNet(nn.Module):
 class SRVGGNetCompact(nn.Module):
     """A chain of 3x3 convolutions with PReLU, pixel-shuffle, added to the nearest-upsampled input."""
 
-    def __init__(
-        self, channels: int = 3, features: int = 64, convolutions: int = 16, scale: int = 4
-    ) -> None:
+    def __init__(self, channels: int = 3, features: int = 64, convolutions: int = 16, scale: int = 4) -> None:
         super().__init__()
         self.in_channels = channels
         self.scale = scale

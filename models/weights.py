@@ -107,15 +107,15 @@ def _describe(state: StateDict) -> str:
 
 
 def _is_conv3(tensor: Any) -> bool:
-    return tensor is not None and tensor.ndim == 4 and tuple(tensor.shape[2:]) == (3, 3)
+    return getattr(tensor, "ndim", 0) == 4 and tuple(tensor.shape[2:]) == (3, 3)
 
 
 def _compact(state: StateDict) -> Any | None:
     indices = [int(m[1]) for k in state if (m := re.fullmatch(r"body\.(\d+)\.weight", k))]
     if len(indices) < 2 or any(not k.startswith("body.") for k in state):
         return None
-    first, last = state["body.0.weight"] if 0 in indices else None, state[f"body.{max(indices)}.weight"]
-    if not (_is_conv3(first) and _is_conv3(last)):
+    first, last = state.get("body.0.weight"), state[f"body.{max(indices)}.weight"]
+    if first is None or not (_is_conv3(first) and _is_conv3(last)):
         return None
     from anysize.models.architectures import SRVGGNetCompact
 
@@ -166,7 +166,7 @@ def _rrdbnet(state: StateDict) -> Any | None:
     state = _rename(state, "RRDBNet")
     first, last = state.get("conv_first.weight"), state.get("conv_last.weight")
     dense = state.get("body.0.rdb1.conv1.weight")
-    if not (_is_conv3(first) and _is_conv3(last) and _is_conv3(dense)):
+    if first is None or last is None or dense is None or not all(map(_is_conv3, (first, last, dense))):
         return None
     from anysize.models.architectures import RRDBNet
 

@@ -9,10 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
+import anysize
 import numpy as np
 from PIL import Image
-
-import anysize
 
 SCALE = 4
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
-
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import ExportError
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
@@ -48,7 +48,9 @@ def probe(
 class _Probe:
     def __init__(self, run: Run, templates: Templates, value_range: tuple[float, float]) -> None:
         self.run, self.templates, self.value_range = run, templates, value_range
-        self.names = list(dict.fromkeys(a for _, axes in templates.values() for a in axes if isinstance(a, str)))
+        self.names = list(
+            dict.fromkeys(a for _, axes in templates.values() for a in axes if isinstance(a, str))
+        )
         first_axes = {axes[0] for _, axes in templates.values() if len(axes) > 1}
         self.batch = [n for n in self.names if n in first_axes]
         self.seen: dict[tuple[int, ...], dict[str, Array] | None] = {}
@@ -106,6 +108,10 @@ class _Probe:
         self.find_ties(base)
         free = {n: s for n, s in base.items() if n not in self.ties and n not in self.fixed}
         dims = {name: self.scan(name, free) for name in free}
+        least = {name: dim.min for name, dim in dims.items()}
+        for name, dim in dims.items():
+            if name not in self.batch:
+                dims[name] = replace(dim, max=self.maximum(dim, free[name], least))
         outputs = self.fit_outputs(free, dims)
         inputs = tuple(
             TensorSpec(name, dtype, tuple(a if isinstance(a, int) else self.size(a, dims) for a in axes))
@@ -116,7 +122,7 @@ class _Probe:
         spec = ModelSpec(inputs, outputs, self.value_range)
         if radius and spec.scale is not None:
             reach = measure_radius(self.run, spec, self.rng)
-            spec = ModelSpec(inputs, outputs, self.value_range, reach, reach is not None)
+            spec = replace(spec, radius=reach, tileable=reach is not None)
         return spec
 
     def size(self, name: str, dims: Mapping[str, Dim]) -> Size:
@@ -140,7 +146,9 @@ class _Probe:
                 trial = {n: int(s) for n, s in sizes.items()} | example
                 if self.attempt(trial) is not None:
                     return trial
-        raise ExportError(f"the model ran at none of the sizes tried; give an example input. Last error: {self.error}")
+        raise ExportError(
+            f"the model ran at none of the sizes tried; give an example input. Last error: {self.error}"
+        )
 
     def find_ties(self, base: dict[str, int]) -> None:
         """Which axes cannot move alone: tied to an earlier one, or fixed."""
@@ -175,7 +183,7 @@ class _Probe:
         return [s for s in (*near, 2 * size, size // 2, 3 * size) if s > 0 and s != size]
 
     def scan(self, name: str, base: Mapping[str, int]) -> Dim:
-        """Minimum, multiple and maximum of one free axis, the others at their base."""
+        """Minimum and multiple of a free axis (of a batch axis also the maximum), the others at base."""
 
         def works(size: int) -> bool:
             return self.attempt({**base, name: size}) is not None
@@ -195,15 +203,20 @@ class _Probe:
         least = tail[0]
         while least - multiple in valid:
             least -= multiple
-        return Dim(name, least, self.maximum(works, tail[-1], multiple), multiple)
+        return Dim(name, least, None, multiple)
 
-    def maximum(self, works: Callable[[int], bool], good: int, multiple: int) -> int | None:
-        bad = multiple * math.ceil(_LARGEST / multiple)
+    def maximum(self, dim: Dim, base: int, least: Mapping[str, int]) -> int | None:
+        """The largest size that works, by bisection; None if `_LARGEST` does. The others at their least."""
+
+        def works(size: int) -> bool:
+            return self.attempt({**least, dim.name: size}) is not None
+
+        good, bad = max(base, dim.min), dim.ceil(_LARGEST)
         if works(bad):
             return None
-        while bad - good > multiple:
-            middle = (good + bad) // 2 // multiple * multiple
-            middle = max(middle, good + multiple)
+        while bad - good > dim.multiple_of:
+            middle = dim.ceil((good + bad) // 2)
+            middle = middle if middle < bad else bad - dim.multiple_of
             if works(middle):
                 good = middle
             else:
@@ -211,7 +224,7 @@ class _Probe:
         return good
 
     def fit_outputs(self, base: Mapping[str, int], dims: Mapping[str, Dim]) -> tuple[TensorSpec, ...]:
-        for joint in _joint_sizes(dims):
+        for joint in _joint_sizes(dims, self.batch):
             self.attempt(joint)
         points = [
             (dict(zip(self.names, key, strict=True)), shapes)
@@ -224,7 +237,11 @@ class _Probe:
             if any(len(shapes[name]) != len(shape) for _, shapes in points):
                 raise ExportError(f"output '{name}' changes its rank with the input's size")
             sizes = [
-                _fit_axis([(at, int(shapes[name][axis])) for at, shapes in points], dims, f"output '{name}' axis {axis}")
+                _fit_axis(
+                    [(at, int(shapes[name][axis])) for at, shapes in points],
+                    dims,
+                    f"output '{name}' axis {axis}",
+                )
                 for axis in range(len(shape))
             ]
             outputs.append(TensorSpec(name, self.dtypes[name], tuple(sizes)))
@@ -246,17 +263,19 @@ def _repeats_as_rules(shape: tuple[Size, ...], seen: set[str]) -> tuple[Size, ..
     return tuple(sizes)
 
 
-def _joint_sizes(dims: Mapping[str, Dim]) -> list[dict[str, int]]:
+def _joint_sizes(dims: Mapping[str, Dim], batch: Sequence[str]) -> list[dict[str, int]]:
     """A few valid sizes in which all axes differ from one another."""
+    joints = []
+    for k, start in enumerate((13, 22, 37)):
+        wanted = {name: k + 1 if name in batch else start + 6 * i for i, name in enumerate(dims)}
+        joints.append({name: clip(dim, wanted[name]) for name, dim in dims.items()})
+    return joints
 
-    def clip(dim: Dim, size: int) -> int:
-        wanted = dim.ceil(size)
-        return wanted if dim.allows(wanted) else dim.floor(size) or dim.ceil(dim.min)
 
-    return [
-        {n: clip(d, 2 + k if d.max is not None and d.max < 4 else a + 6 * i) for i, (n, d) in enumerate(dims.items())}
-        for k, a in enumerate((13, 22, 37))
-    ]
+def clip(dim: Dim, size: int) -> int:
+    """The valid size at or above `size`, or below it where there is none above."""
+    above = dim.ceil(size)
+    return above if dim.allows(above) else dim.floor(size) or dim.ceil(dim.min)
 
 
 def _fit_axis(points: list[tuple[dict[str, int], int]], dims: Mapping[str, Dim], what: str) -> int | Rule:

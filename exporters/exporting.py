@@ -1,0 +1,309 @@
+"""Module -> ONNX -> OpenVINO IR with declared dynamic axes, verified on every installed engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from anysize.backends import (
+    SPEC_KEY,
+    Backend,
+    Dim,
+    EngineOptions,
+    Model,
+    ModelSpec,
+    available_backends,
+    get_backend,
+)
+from anysize.backends.base import Array, Feeds
+from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
+from anysize.exporters.probing import Run, Templates, clip, probe
+
+OPSET = 18
+#: engines must agree with eager f32 within this times max(1, max|reference|)
+TOLERANCE = 1e-4
+_PROTOBUF_LIMIT = 2**31 - 2**20
+
+#: what describes one input: an example tensor or array, or its shape with names for the free axes
+InputLike = Any
+
+
+def export(
+    module: Any,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike,
+    value_range: tuple[float, float] = (0.0, 1.0),
+    source_sha256: str = "",
+) -> Path:
+    """Write `module` to `path` (`.onnx`, or `.xml` with its `.bin` for OpenVINO) with its probed contract.
+
+    `inputs`, by argument name or in the order of `forward`, each either an example (tensor or array; of an
+    NCHW example N, H and W are probed, of any other every axis but the second) or a shape such as
+    `("n", 3, "h", "w")`, where names are the axes to probe and ints are fixed; all dtypes float32 unless an
+    example says otherwise. `value_range`: of image values. The module is not changed.
+
+    The contract is probed in eager PyTorch, the graph exported, and every installed engine that takes
+    the file run at sizes not used in the export: outputs must be finite, of the ruled shape, and within
+    1e-4 * max(1, max|reference|). Nothing is written otherwise.
+
+    Raises `ExportError`, `BackendUnavailableError` (missing torch, onnx or, for .xml, openvino),
+    `OptionError` (unknown suffix).
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".xml"):
+        raise OptionError(f"{path}: the suffix must be .onnx or .xml")
+    templates, example = input_templates(module, inputs)
+    module = private_copy(module)
+    spec = probe_module(module, templates, example=example, value_range=value_range)
+    spec = replace(spec, source_sha256=source_sha256)
+    with tempfile.TemporaryDirectory(prefix=".anysize-", dir=_existing_folder(path)) as folder:
+        file = Path(folder) / path.name
+        model = to_onnx(module, spec, file.with_suffix(".onnx"))
+        if path.suffix == ".xml":
+            model = _to_openvino(model, file)
+        takers = [get_backend(n) for n in available_backends()]
+        verify(module, model, [b for b in takers if model.format in b.formats])
+        for made in sorted(Path(folder).iterdir(), key=lambda f: f.suffix == path.suffix):
+            if path.suffix == ".onnx" or made.suffix in (".bin", ".xml"):
+                os.replace(made, path.parent / made.name)  # the named file comes last
+    return path
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.parent.is_dir():
+        raise OptionError(f"{path}: the folder does not exist")
+    return path.parent
+
+
+def private_copy(module: Any) -> Any:
+    """A copy in f32 and eval mode that the caller's further use of the module cannot change."""
+    import copy
+
+    return copy.deepcopy(module).float().eval().requires_grad_(False)
+
+
+def input_templates(
+    module: Any, inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike
+) -> tuple[Templates, dict[str, int] | None]:
+    """Bring `export`'s `inputs` into templates for the probe, and the example's sizes if there is one."""
+    import inspect
+
+    if not isinstance(inputs, Mapping):
+        one = hasattr(inputs, "shape") or any(isinstance(a, (int, str)) for a in inputs)
+        values = [inputs] if one else list(inputs)
+        parameters = list(inspect.signature(module.forward).parameters)
+        inputs = dict(zip(parameters, values, strict=False))
+    if not inputs:
+        raise OptionError("inputs: at least one is needed")
+    templates: dict[str, tuple[np.dtype[Any], tuple[int | str, ...]]] = {}
+    example: dict[str, int] = {}
+    for i, (name, value) in enumerate(inputs.items()):
+        if hasattr(value, "shape"):
+            shape = tuple(map(int, value.shape))
+            dtype = np.dtype(str(value.dtype).removeprefix("torch."))
+            tag = "" if i == 0 else f"_{name}"
+            letters = {0: "n", 2: f"h{tag}", 3: f"w{tag}"} if len(shape) == 4 else {}
+            axes: list[int | str] = []
+            for axis, size in enumerate(shape):
+                free = letters.get(axis) or (f"d{axis}{tag}" if axis and len(shape) != 4 else "n")
+                axes.append(size if axis == 1 else free)
+                if axis != 1 and example.setdefault(free, size) != size:
+                    raise OptionError(f"input '{name}': batch {size} differs from {example[free]}")
+            templates[name] = (dtype, tuple(axes))
+        else:
+            if not all(isinstance(a, (int, str)) for a in value):
+                raise OptionError(f"input '{name}': a shape holds ints and names, got {value!r}")
+            templates[name] = (np.dtype(np.float32), tuple(value))
+    return templates, example or None
+
+
+def eager(module: Any, names: Sequence[str]) -> Run:
+    """`module` as a function on named arrays, run in eager f32; outputs are named output, output_1, ..."""
+    import torch
+    from anysize.backends.pytorch import flatten_outputs
+
+    def run(feeds: Feeds) -> dict[str, Array]:
+        with torch.inference_mode():
+            results = flatten_outputs(module(*(torch.from_numpy(np.array(feeds[n])) for n in names)))
+        return {
+            "output" if i == 0 else f"output_{i}": np.array(r.numpy(), order="C")
+            for i, r in enumerate(results)
+        }
+
+    return run
+
+
+def probe_module(
+    module: Any,
+    templates: Templates,
+    *,
+    example: Mapping[str, int] | None = None,
+    value_range: tuple[float, float] = (0.0, 1.0),
+) -> ModelSpec:
+    """The contract of a torch module; see `probe`."""
+    import torch
+
+    spec = probe(eager(module, list(templates)), templates, example=example, value_range=value_range)
+    return replace(spec, producer=f"torch {torch.__version__}")
+
+
+def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
+    """Export to `path`, the contract embedded; the model holds the bytes where the file stands alone.
+
+    Not verified: see `verify`. Raises `ExportError`.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it and says so less clearly
+        import torch
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f'exporting needs torch and onnx: pip install "anysize[export]" ({error})', name="export"
+        ) from error
+
+    # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
+    sizes = {n: clip(d, 2 if i == 0 else 7 + 14 * i) for i, (n, d) in enumerate(spec.dims.items())}
+    shapes = spec.input_shapes(sizes)
+    args = tuple(torch.zeros(shapes[t.name], dtype=getattr(torch, t.dtype.name)) + 0.5 for t in spec.inputs)
+    auto = torch.export.Dim.AUTO
+    dynamic = tuple(
+        {axis: auto for axis, size in enumerate(t.shape) if not isinstance(size, int)} for t in spec.inputs
+    )
+    try:
+        with _quiet():
+            program = torch.export.export(module, args, dynamic_shapes=dynamic)
+            # optimize=True deletes `+ eps` for tiny eps
+            exported = torch.onnx.export(
+                program,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[t.name for t in spec.inputs],
+                output_names=[t.name for t in spec.outputs],
+            )
+    except Exception as error:  # the exporter's own classes are many and private
+        raise ExportError(f"torch cannot export this module: {str(error).splitlines()[0]}") from error
+    assert exported is not None
+    proto = exported.model_proto
+    spec = replace(spec, opset=OPSET)
+    onnx.helper.set_model_props(proto, {SPEC_KEY: spec.to_json()})
+    _declare(proto, spec)
+    alone = proto.ByteSize() < _PROTOBUF_LIMIT
+    onnx.save_model(proto, path, save_as_external_data=not alone, location=f"{path.stem}.onnx.data")
+    return Model("onnx", path.read_bytes() if alone else path, spec)
+
+
+def _declare(proto: Any, spec: ModelSpec) -> None:
+    """Write the contract's axis names into the graph, and drop the tracer's inner symbols."""
+    del proto.graph.value_info[:]
+    for values, tensors in ((proto.graph.input, spec.inputs), (proto.graph.output, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            for axis, size in zip(value.type.tensor_type.shape.dim, tensor.shape, strict=True):
+                if isinstance(size, int):
+                    axis.dim_value = size
+                else:
+                    axis.dim_param = size.name if isinstance(size, Dim) else str(size)
+
+
+def _to_openvino(model: Model, path: Path) -> Model:
+    try:
+        import openvino
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f'writing .xml needs openvino: pip install "anysize[openvino]" ({error})', name="openvino"
+        ) from error
+    assert model.spec is not None
+    data = str(model.data) if isinstance(model.data, Path) else model.data
+    graph = openvino.Core().read_model(data)
+    graph.set_rt_info(model.spec.to_json(), [SPEC_KEY])
+    openvino.save_model(graph, path, compress_to_fp16=False)  # the default halves the weights silently
+    return Model("xml", path, model.spec)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about packages and internals that do not concern the caller."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
+    """Valid sizes not used in the export: the lower bound, two non-square ones, one with a batch."""
+    spatial = [n for i, n in enumerate(spec.dims) if i > 0]
+    wanted = [
+        dict.fromkeys(spec.dims, 1),
+        dict(zip(spatial, (29, 23, 31, 37), strict=False)),
+        dict(zip(spatial, (18, 50, 40, 27), strict=False)),
+        {n: 3 if n not in spatial else 13 for n in spec.dims},
+    ]
+    chosen = []
+    for sizes in wanted:
+        valid = {n: clip(d, sizes.get(n, 1)) for n, d in spec.dims.items()}
+        if valid not in chosen:
+            chosen.append(valid)
+    return chosen
+
+
+def random_feeds(spec: ModelSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+    """Uniform noise in the contract's value range, of the shapes that `sizes` give."""
+    rng = np.random.default_rng(seed)
+    low, high = spec.value_range
+    shapes = spec.input_shapes(sizes)
+    return {
+        t.name: (low + (high - low) * rng.random(shapes[t.name], np.float32)).astype(t.dtype)
+        for t in spec.inputs
+    }
+
+
+def verify(module: Any, model: Model, backends: Sequence[Backend]) -> None:
+    """Hold each engine, with fixed and with open shapes, against eager. Raises `ExportError`."""
+    spec = model.spec
+    assert spec is not None
+    reference = eager(module, [t.name for t in spec.inputs])
+    options = EngineOptions()
+    for backend in backends:
+        open_program = None
+        for sizes in verification_sizes(spec):
+            feeds = random_feeds(spec, sizes)
+            want = reference(feeds)
+            where = f"{backend.name} at {dict(sizes)}"
+            try:
+                open_program = open_program or backend.compile(model, None, options)
+                programs = [open_program]
+                if backend.prefers_static:
+                    programs.append(backend.compile(model, spec.input_shapes(sizes), options))
+                results = [program.run(feeds) for program in programs]
+            except Exception as error:
+                raise ExportError(f"{where}: the exported graph does not run: {error}") from error
+            for got in results:
+                _compare(got, want, where)
+
+
+def _compare(got: Mapping[str, Array], want: Mapping[str, Array], where: str) -> None:
+    for name, reference in want.items():
+        output = got.get(name)
+        if output is None or output.shape != reference.shape:
+            shape = None if output is None else output.shape
+            raise ExportError(f"{where}: output '{name}' has shape {shape}, eager has {reference.shape}")
+        limit = TOLERANCE * max(1.0, float(np.abs(reference).max()))
+        error = float(np.abs(output.astype(np.float64) - reference).max())
+        if not error <= limit:  # also catches NaN
+            raise ExportError(
+                f"{where}: output '{name}' differs from eager by {error:.3g}, allowed {limit:.3g}"
+            )

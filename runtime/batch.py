@@ -1,0 +1,127 @@
+"""Pictures from file to file: one, a list, or a folder; one bad file does not end the batch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from anysize.backends import Backend
+from anysize.backends.errors import AnysizeError, Cancelled, ImageError
+from anysize.files import READABLE, check_destination, read_picture, write_picture
+from anysize.guard import log
+from anysize.session import Session
+from anysize.sources import Source
+from anysize.tiling import Tiling
+from anysize.upscale import Cancel, Progress, Report, Upscaler
+
+PathLike = str | os.PathLike[str]
+
+
+def upscale_file(
+    src: PathLike,
+    dst: PathLike,
+    source: Source | Session | Upscaler = "default",
+    *,
+    backend: str | Backend = "auto",
+    precision: str = "f32",
+    tiling: Tiling | None = None,
+    outscale: float | None = None,
+    progress: Progress | None = None,
+    cancel: Cancel | None = None,
+) -> Report:
+    """Upscale the picture file `src` into `dst`, whose suffix chooses the format; return what ran.
+
+    `source`: a model as `load` takes it, or an `Upscaler` to reuse (then backend, precision and tiling are
+    its own). 8 and 16 bits, alpha, grey, ICC profile, EXIF and XMP survive; EXIF orientation is applied.
+    `dst` is replaced atomically and never the input; after any error it is as it was.
+    Raises `ImageError` for a picture or destination that cannot be used, and what `Upscaler` raises.
+    """
+    started = time.perf_counter()
+    src, dst = Path(src), Path(dst)
+    check_destination(dst, src)
+    picture = read_picture(src)
+    check_destination(dst, src, has_alpha=picture.array.shape[2] in (2, 4))
+    if isinstance(source, Upscaler):
+        upscaler = source
+    else:
+        upscaler = Upscaler(source, backend=backend, precision=precision, tiling=tiling)
+    result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
+    report = upscaler.report
+    assert report is not None
+    write_picture(dst, result, picture.header)
+    log.info("%s -> %s: %s", src, dst, report)
+    return replace(report, input=str(src), output=str(dst), seconds=time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to do."""
+
+    src: Path
+    dst: Path
+
+
+def plan_jobs(inputs: Iterable[PathLike], output: PathLike, scale: float) -> list[Job]:
+    """Pair inputs with destinations. Folders are taken with the pictures directly in them, by suffix.
+
+    One input file and an output with a suffix: that file. Otherwise the output is a folder (made if need
+    be) and each result is `{stem}_x{scale}.png`. Raises `ImageError`.
+    """
+    items, output = [Path(i) for i in inputs], Path(output)
+    sources: list[Path] = []
+    for item in items:
+        if item.is_dir():
+            found = sorted(
+                f for f in item.iterdir() if f.suffix.lower() in READABLE and not f.name.startswith(".")
+            )
+            if not found:
+                raise ImageError(f"{item}: no pictures in this folder ({', '.join(READABLE)})")
+            sources += found
+        else:
+            sources.append(item)
+    if len(items) == 1 and not items[0].is_dir() and output.suffix and not output.is_dir():
+        return [Job(sources[0], output)]
+    if output.suffix and not output.is_dir() and len(items) > 1:
+        raise ImageError(f"{output}: several pictures need a folder to go to, not a file name")
+    if output.exists() and not output.is_dir():
+        raise ImageError(f"{output}: exists and is not a folder")
+    return [Job(source, output / f"{source.stem}_x{scale:g}.png") for source in sources]
+
+
+def run_jobs(
+    jobs: list[Job],
+    upscaler: Upscaler,
+    *,
+    outscale: float | None = None,
+    progress: Callable[[Job], Progress | None] | None = None,
+    cancel: Cancel | None = None,
+) -> Iterator[tuple[Report, AnysizeError | None]]:
+    """Do the jobs in order, yielding each one's report and error; only cancellation ends the batch."""
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        error: AnysizeError
+        try:
+            if job.dst in taken:
+                raise ImageError(f"{job.dst}: already holds the result of {taken[job.dst]} from this run")
+            report = upscale_file(
+                job.src,
+                job.dst,
+                upscaler,
+                outscale=outscale,
+                progress=progress(job) if progress else None,
+                cancel=cancel,
+            )
+            taken[job.dst] = job.src
+            yield report, None
+            continue
+        except Cancelled:
+            raise
+        except AnysizeError as caught:
+            error = caught
+        except (OSError, MemoryError) as caught:
+            error = ImageError(f"{job.src}: {caught or type(caught).__name__}")
+            error.__cause__ = caught
+        yield Report(status="failed", error=str(error), input=str(job.src)), error

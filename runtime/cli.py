@@ -1,0 +1,292 @@
+"""The `anysize` command.
+
+Exit codes: 0 all done; 1 some pictures failed, or an engine did, or parity is outside its tolerance;
+2 the request or the input is wrong and nothing was written; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from anysize.backends.errors import (
+    AnysizeError,
+    Cancelled,
+    ExecutionError,
+    ExportError,
+    ImageError,
+    IntegrityError,
+    OptionError,
+)
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+#: faults of an engine or a conversion, as opposed to a wrong request
+_FAULTS = (ExecutionError, IntegrityError, ExportError)
+
+app = typer.Typer(
+    name="anysize",
+    help="Run image models at any size, on any engine, and never get a wrong pixel because of a shape.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A model file or the name of a bundled model.")]
+BackendName = Annotated[str, typer.Option("--backend", "-b", help="auto, openvino, onnxruntime, torch, ...")]
+Precision = Annotated[str, typer.Option("--precision", help="f32 or bf16.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; exits with one of the codes above."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    if debug:
+        logging.basicConfig(
+            level=logging.DEBUG, format="%(name)s: %(message)s", handlers=[RichHandler(console=err)]
+        )
+    try:
+        code = app(arguments, standalone_mode=False)
+    except AnysizeError as error:
+        code = _code(error)
+        _complain(error, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+        err.print("interrupted")
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is not None:  # the command line itself was wrong
+            show()
+            code = USAGE
+        elif debug:
+            raise
+        else:
+            code = FAILED
+            err.print(f"internal error: {type(error).__name__}: {error}; --debug shows more", markup=False)
+    sys.exit(code or OK)
+
+
+def _code(error: AnysizeError) -> int:
+    if isinstance(error, Cancelled):
+        return INTERRUPTED
+    return FAILED if isinstance(error, _FAULTS) else USAGE
+
+
+def _complain(error: AnysizeError, debug: bool) -> None:
+    if debug:
+        err.print_exception()
+    err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def upscale(
+    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A file for one picture, else a folder.")],
+    model: Model = "default",
+    backend: BackendName = "auto",
+    precision: Precision = "f32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda with torch.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    method: Annotated[str, typer.Option(help="auto, tile or whole.")] = "auto",
+    tile: Annotated[int | None, typer.Option(help="Side of a tile's kept part in input pixels.")] = None,
+    overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
+    outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Upscale pictures. A folder's results are named {stem}_x{scale}.png."""
+    from anysize.batch import plan_jobs, run_jobs
+    from anysize.session import Options
+    from anysize.tiling import Tiling
+    from anysize.upscale import Upscaler
+
+    tiling = Tiling(_literal(method), tile, _overlap(overlap))
+    if len(inputs) == 1 and not inputs[0].exists():
+        raise ImageError(f"{inputs[0]}: no such file")
+    options = Options(device=device, threads=threads)
+    upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
+    jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
+    single = len(jobs) == 1 and jobs[0].dst == output
+    if not single:
+        _make_folder(output)
+    cancel = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    failures: list[AnysizeError] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(_bar()) if err.is_terminal and not as_json else None
+
+        def progress(job: Any) -> Any:
+            if bar is None:
+                return None
+            task = bar.add_task(job.src.name)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        for report, error in run_jobs(jobs, upscaler, outscale=outscale, progress=progress, cancel=cancel):
+            if as_json:
+                print(json.dumps(report.to_dict()), flush=True)  # noqa: T201
+            if error is not None:
+                failures.append(error)
+                _complain(error, debug)
+            elif not as_json:
+                out.print(_summary(report), markup=False, highlight=False, soft_wrap=True)
+    if len(jobs) > 1:
+        err.print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures done", highlight=False)
+    if not failures:
+        return OK
+    return max(map(_code, failures)) if len(failures) == len(jobs) == 1 else FAILED
+
+
+def _literal(method: str) -> Literal["auto", "tile", "whole"]:
+    return method  # type: ignore[return-value]  # Tiling checks it
+
+
+def _overlap(text: str) -> Literal["exact"] | int:
+    if text == "exact":
+        return "exact"
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(f"--overlap must be 'exact' or a number of pixels, not '{text}'") from None
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
+def _bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err)
+
+
+def _summary(report: Any) -> str:
+    how = report.method
+    if report.tile is not None:
+        how += f" {report.tile}, overlap {report.overlap}"
+    how += (
+        ", exact" if report.exact else f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
+    )
+    return (
+        f"{report.input} -> {report.output}: {report.width} x {report.height} (x{report.scale:g}), "
+        f"{report.backend} {report.precision} on {report.device}, {how}, {report.seconds:.2f} s"
+    )
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Weights: a .pth or .safetensors file, or a bundled model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx or .xml file to write.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Convert weights to ONNX or OpenVINO IR, with the probed contract inside, verified on every engine."""
+    from anysize.exporters import export as export_module
+    from anysize.models import BUNDLED, bundled_file, load_weights
+    from anysize.sources import open_source
+
+    path = bundled_file(model, ".safetensors") if model in BUNDLED else Path(model)
+    from anysize.sources import source_format
+
+    if source_format(path) != "module":
+        raise OptionError(f"{path}: export takes .pth or .safetensors weights")
+    weights = load_weights(path)
+    shape = ("n", weights.in_channels, "h", "w")
+    written = export_module(weights.module, output, inputs=[shape], source_sha256=weights.sha256)
+    from anysize.backends import available_backends, get_backend
+
+    form = "onnx" if written.suffix == ".onnx" else "xml"
+    takers = [get_backend(n) for n in available_backends()]
+    takers = [b for b in takers if form in b.formats]
+    spec = open_source(written, takers[0]).spec if takers else None
+    verified = [b.name for b in takers]
+    if as_json:
+        contract = json.loads(spec.to_json()) if spec else None
+        print(json.dumps({"output": str(written), "verified": verified, "spec": contract}))  # noqa: T201
+    else:
+        out.print(
+            f"{written}: verified on {', '.join(verified) or 'no engine (none installed)'}", markup=False
+        )
+        if spec is not None:
+            out.print(f"{spec.inputs[0]} -> {spec.outputs[0]}, receptive radius {spec.radius}", markup=False)
+    return OK
+
+
+@app.command()
+def parity(
+    model: Annotated[str, typer.Argument(help="A model file or the name of a bundled model.")],
+    backends: Annotated[str | None, typer.Option("--backends", help="Names, separated by commas.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="HxW, separated by commas.")] = None,
+    precision: Precision = "f32",
+    atol: Annotated[float, typer.Option(help="Allowed max|d|, times max(1, max|reference|).")] = 1e-4,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Compare the engines on a model at several sizes; exit code 1 outside the tolerance."""
+    from anysize.parity import compare
+
+    names = [b.strip() for b in backends.split(",")] if backends else None
+    report = compare(model, backends=names, sizes=_sizes(sizes), precision=precision, atol=atol)
+    if as_json:
+        print(report.to_json())  # noqa: T201
+        return OK if report.ok else FAILED
+    table = Table(title=f"{model} against {report.reference}, tolerance {atol:g}")
+    for column in ("backend", "precision", "size", "max |d|", "PSNR", "finite", "verdict"):
+        table.add_column(column)
+    for row in report.rows:
+        figures = [f"{row.max_abs:.3g}", f"{row.psnr:.1f} dB"] if row.max_abs is not None else ["-", "-"]
+        verdict = "ok" if row.ok else f"FAIL {row.error or ''}"
+        table.add_row(row.backend, row.precision, row.size_text, *figures, str(row.finite), verdict)
+    out.print(table)
+    return OK if report.ok else FAILED
+
+
+def _sizes(text: str | None) -> list[tuple[int, int]] | None:
+    if text is None:
+        return None
+    try:
+        pairs = [part.lower().split("x") for part in text.split(",")]
+        return [(int(h), int(w)) for h, w in pairs]
+    except ValueError:
+        raise OptionError(f"--sizes must look like 64x48,33x65, not '{text}'") from None
+
+
+@app.command()
+def backends(as_json: AsJson = False, debug: Debug = False) -> int:
+    """Show the engines: version, what each can do, and how to install those missing."""
+    from dataclasses import asdict
+
+    from anysize.backends import describe_backends
+
+    found = describe_backends()
+    if as_json:
+        for info in found:
+            print(json.dumps(asdict(info)))  # noqa: T201
+        return OK
+    table = Table()
+    for column in ("backend", "version", "takes", "precisions", "install"):
+        table.add_column(column)
+    for info in found:
+        state = "installed" if info.problem is None else info.install
+        table.add_row(
+            info.name, info.version or "-", ", ".join(info.formats), ", ".join(info.precisions), state
+        )
+    out.print(table)
+    return OK
+
+
+if __name__ == "__main__":
+    main()

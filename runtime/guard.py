@@ -1,0 +1,266 @@
+"""The shape guard: one model on one engine, the right program for each shape, checked on both sides.
+
+Before a run the feeds are held against the contract, so the engine never sees a size it would break on.
+After it, names, dtypes, shapes and (where asked) finiteness of the outputs are held against the output
+rule, so another shape's result is an error and never a picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model
+from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError
+
+log = logging.getLogger("anysize")
+
+Strategy = Literal["auto", "static", "dynamic"]
+Key = tuple[tuple[str, tuple[int, ...]], ...] | None  # None: the program for any shape
+
+# A shape that keeps coming back after the bound is reached earns a program of its own.
+_PROMOTE_AFTER = 8
+_REMEMBERED = 256
+
+
+@dataclass
+class Stats:
+    """Counters of one guard or session; seconds are wall-clock."""
+
+    calls: int = 0
+    compiles: int = 0
+    hits: int = 0
+    evictions: int = 0
+    discarded: int = 0
+    compile_seconds: float = 0.0
+    run_seconds: float = 0.0
+    live: int = 0
+    backend: str = ""
+    device: str = ""
+    precision: str = ""
+    fallbacks: list[str] = field(default_factory=list)
+
+
+class _Program:
+    """An executable with a count of its users, so that it is closed once and never under a run."""
+
+    def __init__(self) -> None:
+        self.ready: Future[Executable] = Future()
+        self.users = 0
+        self.retired = False
+
+
+class ShapeGuard:
+    """Programs of one model on one backend, at most `max_live` at a time, least recently used out first.
+
+    Weights, precision, options and engine version are fixed for a guard's life, so shapes alone key its
+    programs. `strategy` "static" compiles per distinct shape, "dynamic" has one program for all, "auto" is
+    static while few shapes are alive on engines that gain from it.
+    """
+
+    def __init__(
+        self, backend: Backend, model: Model, options: EngineOptions, strategy: Strategy, max_live: int
+    ) -> None:
+        assert model.spec is not None
+        if strategy not in ("auto", "static", "dynamic"):
+            raise OptionError(f"shapes must be auto, static or dynamic, not {strategy!r}")
+        if max_live < 1:
+            raise OptionError(f"max_live must be at least 1, not {max_live}")
+        self.backend, self.model, self.spec, self.options = backend, model, model.spec, options
+        self._strategy, self._max_live = strategy, max_live
+        self._programs: OrderedDict[Key, _Program] = OrderedDict()
+        self._asked: OrderedDict[Key, int] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stats = Stats(backend=backend.name, device=options.device, precision=options.precision)
+
+    def stats(self) -> Stats:
+        """A snapshot."""
+        with self._lock:
+            copy = Stats(**self._stats.__dict__)
+            copy.live = len(self._programs)
+            return copy
+
+    def run(self, feeds: Feeds, *, finite: bool) -> dict[str, Array]:
+        """One checked run. Raises `ShapeError`, `ExecutionError` or `IntegrityError`."""
+        shapes = {name: value.shape for name, value in feeds.items()}
+        sizes = self.spec.bind(shapes)
+        key: Key = tuple(sorted(shapes.items()))
+        program = self._acquire(key)
+        try:
+            executable = program.ready.result()
+            started = time.perf_counter()
+            outputs = executable.run(feeds)
+            seconds = time.perf_counter() - started
+            self._check(outputs, self.spec.output_shapes(sizes), shapes, finite)
+        except AnysizeError as error:
+            if isinstance(error, IntegrityError):
+                self._discard(program)
+            raise
+        except Exception as error:
+            # Engines have been seen to keep failing, or to answer with old data, after one failure.
+            self._discard(program)
+            raise ExecutionError(
+                f"the engine failed: {_first_line(error)}", backend=self.backend.name, shape=shapes
+            ) from error
+        finally:
+            self._release(program)
+        with self._lock:
+            self._stats.calls += 1
+            self._stats.run_seconds += seconds
+            self._stats.device, self._stats.precision = executable.device, executable.precision
+        return outputs
+
+    def close(self) -> None:
+        """Free all programs; those in use are freed by the run that ends last."""
+        with self._lock:
+            self._closed = True
+            programs = list(self._programs.values())
+            self._programs.clear()
+        for program in programs:
+            self._retire(program)
+
+    # -- choosing and compiling
+
+    def _choose(self, key: Key) -> Key:
+        """Under the lock: the key of the program that shall serve this shape."""
+        if self._strategy == "dynamic" or (self._strategy == "auto" and not self.backend.prefers_static):
+            return None
+        if self._strategy == "static" or key in self._programs:
+            return key
+        static = sum(k is not None for k in self._programs)
+        if static < self._max_live - (None in self._programs):
+            return key
+        self._asked[key] = asked = self._asked.pop(key, 0) + 1
+        while len(self._asked) > _REMEMBERED:
+            self._asked.popitem(last=False)
+        if asked > _PROMOTE_AFTER and self._max_live > 1:
+            del self._asked[key]
+            return key
+        return None
+
+    def _acquire(self, key: Key) -> _Program:
+        retired = []
+        with self._lock:
+            if self._closed:
+                raise OptionError("this session is closed")
+            key = self._choose(key)
+            program = self._programs.get(key)
+            mine = program is None
+            if program is None:
+                program = self._programs[key] = _Program()
+                while len(self._programs) > self._max_live:
+                    # the open program serves every shape: it goes last
+                    oldest = next((k for k in self._programs if k is not None and k != key), None)
+                    retired.append(self._programs.pop(oldest))
+                    self._stats.evictions += 1
+            else:
+                self._stats.hits += 1
+                self._programs.move_to_end(key)
+            program.users += 1
+        for old in retired:
+            self._retire(old)
+        if mine:
+            self._compile(key, program)
+        return program
+
+    def _compile(self, key: Key, program: _Program) -> None:
+        """Compile into `program`; others that want the same shape wait for it. A failure is everyone's."""
+        started = time.perf_counter()
+        try:
+            executable = self.backend.compile(self.model, None if key is None else dict(key), self.options)
+            if executable.precision != self.options.precision:
+                raise ExecutionError(
+                    f"asked for {self.options.precision}, but the engine runs {executable.precision}",
+                    backend=self.backend.name,
+                    shape=key,
+                )
+        except BaseException as error:
+            with self._lock:
+                if self._programs.get(key) is program:
+                    del self._programs[key]
+            wrapped: BaseException = error
+            if isinstance(error, Exception) and not isinstance(error, AnysizeError):
+                wrapped = ExecutionError(
+                    f"the engine cannot compile this model: {_first_line(error)}",
+                    backend=self.backend.name,
+                    shape=None if key is None else dict(key),
+                )
+                wrapped.__cause__ = error
+            program.ready.set_exception(wrapped)
+            return
+        seconds = time.perf_counter() - started
+        with self._lock:
+            self._stats.compiles += 1
+            self._stats.compile_seconds += seconds
+            self._stats.device, self._stats.precision = executable.device, executable.precision
+        program.ready.set_result(executable)
+        log.debug("compiled for %s on %s in %.3f s", key or "any shape", self.backend.name, seconds)
+
+    def _discard(self, program: _Program) -> None:
+        """Drop a program that failed, so that the next call gets a fresh one."""
+        with self._lock:
+            for key in [k for k, p in self._programs.items() if p is program]:
+                del self._programs[key]
+                self._stats.discarded += 1
+        self._retire(program)
+
+    def _retire(self, program: _Program) -> None:
+        with self._lock:
+            program.retired = True
+            idle = program.users == 0
+        if idle:
+            _close(program)
+
+    def _release(self, program: _Program) -> None:
+        with self._lock:
+            program.users -= 1
+            last = program.users == 0 and program.retired
+        if last:
+            _close(program)
+
+    # -- what came back
+
+    def _check(
+        self, outputs: dict[str, Array], want: dict[str, tuple[int, ...]], shapes: object, finite: bool
+    ) -> None:
+        def wrong(message: str, got: object, expected: object) -> IntegrityError:
+            return IntegrityError(message, backend=self.backend.name, shape=shapes, got=got, want=expected)
+
+        if set(outputs) != set(want):
+            raise wrong(f"outputs {sorted(outputs)} instead of {sorted(want)}", sorted(outputs), sorted(want))
+        for tensor in self.spec.outputs:
+            output = outputs[tensor.name]
+            if output.shape != want[tensor.name]:
+                raise wrong(
+                    f"output '{tensor.name}' has shape {output.shape}, the contract says {want[tensor.name]}",
+                    output.shape,
+                    want[tensor.name],
+                )
+            if output.dtype != tensor.dtype:
+                raise wrong(
+                    f"output '{tensor.name}' is {output.dtype}, not {tensor.dtype}",
+                    output.dtype,
+                    tensor.dtype,
+                )
+            # min and max carry NaN and infinity without a temporary of the output's size
+            if finite and output.size and not (np.isfinite(output.min()) and np.isfinite(output.max())):
+                raise wrong(
+                    f"output '{tensor.name}' holds values that are not finite", "not finite", "finite"
+                )
+
+
+def _close(program: _Program) -> None:
+    if program.ready.done() and program.ready.exception() is None:
+        program.ready.result().close()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

@@ -1,0 +1,173 @@
+"""Do the engines agree? The same inputs through each, held against one reference."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from anysize.backends import ModelSpec, available_backends
+from anysize.backends.base import Array
+from anysize.backends.errors import AnysizeError, ModelLoadError, OptionError
+from anysize.exporters.exporting import random_feeds, verification_sizes
+from anysize.session import Session, load
+from anysize.sources import Source
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One engine at one size.
+
+    `max_abs`, `psnr` (dB, over the value range): against the reference, of the worst output.
+    `error` says what went wrong where there is no result; `ok` is the verdict at the report's tolerance.
+    """
+
+    backend: str
+    precision: str
+    size: dict[str, int]
+    ok: bool
+    max_abs: float | None = None
+    psnr: float | None = None
+    finite: bool | None = None
+    shapes_match: bool | None = None
+    error: str | None = None
+
+    @property
+    def size_text(self) -> str:
+        """The free axes' sizes in order, such as "1x29x23"."""
+        return "x".join(map(str, self.size.values())) or "fixed"
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All rows; `atol` is relative to max(1, max|reference|)."""
+
+    reference: str
+    atol: float
+    rows: tuple[ParityRow, ...]
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.ok for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; an infinite PSNR (identical results) is null."""
+        rows: list[dict[str, Any]] = [asdict(row) for row in self.rows]
+        for row in rows:
+            if row["psnr"] is not None and not math.isfinite(row["psnr"]):
+                row["psnr"] = None
+        return {"reference": self.reference, "atol": self.atol, "ok": self.ok, "rows": rows}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    def __str__(self) -> str:
+        lines = [f"reference: {self.reference}, tolerance {self.atol:g}"]
+        for row in self.rows:
+            figures = (
+                f"max|d| {row.max_abs:.3g}, PSNR {row.psnr:.1f} dB" if row.max_abs is not None else row.error
+            )
+            lines.append(
+                f"{'ok  ' if row.ok else 'FAIL'} {row.backend} {row.precision} {row.size_text}: {figures}"
+            )
+        return "\n".join(lines)
+
+
+def compare(
+    source: Source,
+    *,
+    backends: Sequence[str] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    precision: str = "f32",
+    atol: float = 1e-4,
+) -> ParityReport:
+    """Run `source` on each backend at each (height, width) and compare with the reference.
+
+    The reference is eager PyTorch in f32 where it takes the source, else ONNX Runtime, else OpenVINO.
+    `backends`: names, by default all installed that take the source. `sizes`: by default those that an
+    export is verified at. Inputs are seeded noise in the contract's value range.
+    """
+    wanted = list(backends) if backends is not None else available_backends()
+    if not wanted:
+        raise OptionError("no backend to compare")
+    sessions: dict[str, Session] = {}
+    failed: dict[str, str] = {}
+    for name in wanted:
+        try:
+            sessions[name] = load(source, backend=name, precision=precision)
+        except ModelLoadError as error:
+            if backends is not None:  # asked for by name, so its refusal is a finding
+                failed[name] = str(error)
+            if not sessions and name == wanted[-1]:
+                raise
+    reference_name, reference = _reference(source)
+    chosen = _sizes(reference.spec, sizes)
+    rows = []
+    for size in chosen:
+        feeds = random_feeds(reference.spec, size)
+        want = reference.run(feeds)
+        for name, session in sessions.items():
+            try:
+                got = session.run(feeds)
+            except AnysizeError as error:
+                rows.append(ParityRow(name, session.precision, size, False, error=str(error)))
+                continue
+            rows.append(_row(name, session.precision, size, got, want, reference.spec, atol))
+        rows += [ParityRow(name, precision, size, False, error=error) for name, error in failed.items()]
+    for session in (*sessions.values(), reference):
+        session.close()
+    return ParityReport(f"{reference_name} f32", atol, tuple(rows))
+
+
+def _reference(source: Source) -> tuple[str, Session]:
+    problem: AnysizeError | None = None
+    for name in ("torch", "onnxruntime", "openvino"):
+        try:
+            return name, load(source, backend=name)
+        except AnysizeError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _sizes(spec: ModelSpec, sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]]:
+    if sizes is None:
+        return verification_sizes(spec)
+    axes = [n for n in spec.dims if n not in ("n", "N")]
+    chosen = []
+    for size in sizes:
+        if len(size) != len(axes):
+            raise OptionError(f"size {tuple(size)}: this model's free axes are {', '.join(axes) or 'none'}")
+        fixed = {n: d.ceil(1) for n, d in spec.dims.items()}
+        chosen.append(fixed | dict(zip(axes, map(int, size), strict=True)))
+        spec.bind(spec.input_shapes(chosen[-1]))
+    return chosen
+
+
+def _row(
+    name: str,
+    precision: str,
+    size: dict[str, int],
+    got: dict[str, Array],
+    want: dict[str, Array],
+    spec: ModelSpec,
+    atol: float,
+) -> ParityRow:
+    # Outputs pair up by place: each engine's file may name them its own way.
+    pairs = [
+        (g.astype(np.float64), w.astype(np.float64)) for g, w in zip(got.values(), want.values(), strict=True)
+    ]
+    shapes_match = all(g.shape == w.shape for g, w in pairs)
+    if not shapes_match:
+        shapes = [g.shape for g, _ in pairs]
+        return ParityRow(name, precision, size, False, shapes_match=False, error=f"shapes {shapes}")
+    finite = all(bool(np.isfinite(g).all()) for g, _ in pairs)
+    worst = max(float(np.abs(g - w).max()) for g, w in pairs)
+    square = max(float(np.mean((g - w) ** 2)) for g, w in pairs)
+    span = spec.value_range[1] - spec.value_range[0]
+    psnr = math.inf if square == 0 else 10 * math.log10(span**2 / square) if finite else math.nan
+    limit = atol * max(1.0, *(float(np.abs(w).max()) for _, w in pairs))
+    return ParityRow(name, precision, size, finite and worst <= limit, worst, psnr, finite, True)

@@ -1,0 +1,192 @@
+"""`load` a model into a `Session`: one model, one engine, any size its contract allows."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec
+from anysize.backends.base import Array, Feeds
+from anysize.backends.errors import (
+    BackendUnavailableError,
+    ExecutionError,
+    IntegrityError,
+    OptionError,
+    ShapeError,
+)
+from anysize.guard import ShapeGuard, Stats, Strategy, log
+from anysize.sources import Source, choose_backend, open_source
+
+PRECISIONS = ("f32", "bf16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a session uses its engine.
+
+    `device`: "cpu", or "cuda" (torch), or a device OpenVINO lists. `threads`: of the engine (None: its
+    default). `max_live`: programs kept at once. `shapes`: "static" compiles per shape, "dynamic" one
+    program for all, "auto" static while few are alive. `fallback`: tried in order when the engine
+    fails or returns something wrong, as "backend" or "backend:precision"; none unless given, and each use
+    is counted in `Session.stats.fallbacks` and logged.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    max_live: int = 4
+    shapes: Strategy = "auto"
+    fallback: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads must be at least 1, not {self.threads}")
+        if isinstance(self.fallback, str):
+            raise OptionError("fallback must be a tuple of names, not one text")
+
+
+def load(
+    source: Source,
+    *,
+    backend: str | Backend = "auto",
+    precision: str = "f32",
+    options: Options | Mapping[str, Any] | None = None,
+) -> Session:
+    """Open a model on an engine.
+
+    `source`: path of a .pth, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW image in;
+    export others), or "default", the bundled x4 model. `backend`: a name, a `Backend` instance, or "auto":
+    the fastest installed engine that takes the source. `precision`: "f32" or "bf16"; the engine is told,
+    and asked what it runs. `options`: an `Options` or a mapping of its fields.
+
+    Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`.
+    """
+    settings = _options(options)
+    chain: list[tuple[str | Backend, str]] = [(backend, precision)]
+    for entry in settings.fallback:
+        name, _, other = entry.partition(":")
+        chain.append((name, other or precision))
+    for _, wanted in chain:
+        if wanted not in PRECISIONS:
+            raise OptionError(f"precision must be one of {', '.join(PRECISIONS)}, not '{wanted}'")
+    if isinstance(source, (str, os.PathLike)) and not os.fspath(source):
+        raise OptionError("the model's name is empty")
+    guards: list[ShapeGuard] = []
+    skipped: list[str] = []
+    for i, (engine_name, wanted) in enumerate(chain):
+        try:
+            engine = choose_backend(source, engine_name)
+            engine_options = EngineOptions(wanted, settings.device, settings.threads)
+            model = open_source(source, engine)
+            guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, settings.max_live))
+        except (BackendUnavailableError, OptionError) as error:
+            if i == len(chain) - 1 and not guards:
+                raise
+            skipped.append(f"{engine_name}:{wanted}: {error}")
+            log.warning("fallback: %s", skipped[-1])
+    return Session(guards, skipped)
+
+
+def _options(options: Options | Mapping[str, Any] | None) -> Options:
+    if isinstance(options, Options):
+        return options
+    known = [f.name for f in fields(Options)]
+    unknown = [k for k in options or {} if k not in known]
+    if unknown:
+        raise OptionError(f"unknown option '{unknown[0]}'; known: {', '.join(known)}")
+    return Options(**dict(options or {}))
+
+
+class Session:
+    """One model on one engine (and its fallbacks, if the caller named any). Thread-safe.
+
+    `spec`: the contract. `backend`, `precision`: names of what runs; the precision is the one asked for
+    until the first program is compiled, then what the engine reported. `stats`: a snapshot of counters.
+    """
+
+    def __init__(self, guards: list[ShapeGuard], skipped: list[str] | None = None) -> None:
+        self._guards = guards
+        self._fallbacks: list[str] = list(skipped or [])
+        self._lock = threading.Lock()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._guards[0].spec
+
+    @property
+    def backend(self) -> str:
+        return self._guards[0].backend.name
+
+    @property
+    def precision(self) -> str:
+        return self.stats.precision
+
+    @property
+    def stats(self) -> Stats:
+        """Counters so far, those of fallbacks added; names are of the first engine."""
+        total = self._guards[0].stats()
+        for guard in self._guards[1:]:
+            stats = guard.stats()
+            for name in ("calls", "compiles", "hits", "evictions", "discarded", "live"):
+                setattr(total, name, getattr(total, name) + getattr(stats, name))
+            total.compile_seconds += stats.compile_seconds
+            total.run_seconds += stats.run_seconds
+        with self._lock:
+            total.fallbacks = list(self._fallbacks)
+        return total
+
+    def run(self, feeds: Feeds, *, finite: bool = False) -> dict[str, Array]:
+        """Run the model: arrays by input name -> arrays by output name, in the shapes `spec` says.
+
+        Floating inputs are converted to the contract's dtype; other dtypes must match. Feeds are not
+        changed; the results are the caller's. `finite` also checks that no output holds NaN or infinity.
+        Raises `ShapeError` before the engine runs, `ExecutionError` if it fails, `IntegrityError` if
+        what it returns cannot be right.
+        """
+        arrays = {name: np.asarray(value) for name, value in feeds.items()}
+        for tensor in self.spec.inputs:
+            if tensor.name in arrays:
+                arrays[tensor.name] = _cast(arrays[tensor.name], tensor)
+        for guard, following in zip(self._guards, [*self._guards[1:], None], strict=True):
+            try:
+                return guard.run(arrays, finite=finite)
+            except (ExecutionError, IntegrityError) as error:
+                if following is None:
+                    raise
+                self._note(guard, following, error)
+        raise AssertionError("a session has at least one guard")
+
+    def _note(self, failed: ShapeGuard, following: ShapeGuard, error: Exception) -> None:
+        names = [f"{g.backend.name}:{g.options.precision}" for g in (failed, following)]
+        text = f"{names[0]} -> {names[1]}: {error}"
+        log.warning("fallback: %s", text)
+        with self._lock:
+            self._fallbacks.append(text)
+
+    def __call__(self, x: Array) -> Array:
+        """The same for a model with one input and one output."""
+        if len(self.spec.inputs) != 1 or len(self.spec.outputs) != 1:
+            raise OptionError("this model has several inputs or outputs; use run() with names")
+        return self.run({self.spec.inputs[0].name: x})[self.spec.outputs[0].name]
+
+    def close(self) -> None:
+        """Free the engine's programs. Further runs raise `OptionError`."""
+        for guard in self._guards:
+            guard.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _cast(array: Array, tensor: TensorSpec) -> Array:
+    if array.dtype == tensor.dtype:
+        return array
+    if array.dtype.kind == "f" and tensor.dtype.kind == "f":
+        return array.astype(tensor.dtype)
+    raise ShapeError(tensor.name, None, f"dtype {array.dtype}", f"the dtype must be {tensor.dtype}")

@@ -1,0 +1,219 @@
+"""Where a model comes from, and how it reaches an engine: file -> (module) -> (ONNX) -> `Model`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anysize.backends import (
+    SPEC_KEY,
+    Backend,
+    EngineOptions,
+    Model,
+    ModelSpec,
+    get_backend,
+    install_line,
+    known_backends,
+)
+from anysize.backends.base import Array, Feeds
+from anysize.backends.errors import (
+    AnysizeError,
+    BackendUnavailableError,
+    ExportError,
+    ModelLoadError,
+    OptionError,
+)
+from anysize.models import BUNDLED, bundled_file, load_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    Source = str | os.PathLike[str] | torch.nn.Module
+else:
+    Source = object
+
+WEIGHTS = (".pth", ".safetensors")
+#: suffix -> format of files that engines read themselves
+GRAPHS = {".onnx": "onnx", ".xml": "xml"}
+#: channels of the image input tried on a bare module
+_CHANNELS = (3, 1, 4, 2)
+
+
+def is_module(source: object) -> bool:
+    """Whether this is a `torch.nn.Module`, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(source, torch.nn.Module)
+
+
+def source_format(source: Source) -> str:
+    """ "module", "onnx", "xml" or "bundled". Raises `ModelLoadError` for anything else."""
+    if is_module(source):
+        return "module"
+    if not isinstance(source, (str, os.PathLike)):
+        raise ModelLoadError(f"a model is a path, a name or a torch.nn.Module, not {type(source).__name__}")
+    if str(source) in BUNDLED:
+        return "bundled"
+    path = Path(source)
+    known = (*WEIGHTS, *GRAPHS)
+    if path.suffix.lower() not in known:
+        names = ", ".join(BUNDLED)
+        raise ModelLoadError(f"{path}: not a known model; expected {names} or a {', '.join(known)} file")
+    if not path.is_file():
+        raise ModelLoadError(f"{path}: no such file")
+    return GRAPHS.get(path.suffix.lower(), "module")
+
+
+def _takes(backend: Backend, form: str) -> bool:
+    """Directly, or for modules and bundled models by way of an ONNX file."""
+    return form in backend.formats or (form in ("module", "bundled") and "onnx" in backend.formats)
+
+
+def choose_backend(source: Source, backend: str | Backend) -> Backend:
+    """The named engine, or for "auto" the fastest installed one that takes the source."""
+    form = source_format(source)
+    if isinstance(backend, Backend):
+        chosen = backend
+    elif backend != "auto":
+        chosen = get_backend(backend)
+    else:
+        chosen_or_none = _fastest(form)
+        if chosen_or_none is None:
+            lines = "; ".join(install_line(n) for n in ("openvino", "onnxruntime", "torch"))
+            raise BackendUnavailableError(f"no installed engine takes this model; install one: {lines}")
+        chosen = chosen_or_none
+    if not _takes(chosen, form) and not (form == "bundled" and "module" in chosen.formats):
+        takers = [n for n in known_backends() if n != chosen.name]
+        raise ModelLoadError(
+            f"backend '{chosen.name}' takes {', '.join(chosen.formats)}, not {form} ({source}); "
+            f"try {' or '.join(takers)}"
+        )
+    return chosen
+
+
+def _fastest(form: str) -> Backend | None:
+    for name in known_backends():
+        try:
+            backend = get_backend(name)
+        except BackendUnavailableError:
+            continue
+        direct = form in backend.formats or form == "bundled"
+        if direct or (_takes(backend, form) and _can_export()):
+            return backend
+    return None
+
+
+def _can_export() -> bool:
+    from importlib.util import find_spec
+
+    return all(find_spec(name) for name in ("torch", "onnx", "onnxscript"))
+
+
+def open_source(source: Source, backend: Backend) -> Model:
+    """The source in a form this backend takes, with its contract."""
+    form = source_format(source)
+    if form == "bundled":
+        suffix = ".onnx" if "onnx" in backend.formats else ".safetensors"
+        source = bundled_file(str(source), suffix)
+        form = source_format(source)
+    if form == "module":
+        return _from_module(source, backend)
+    assert isinstance(source, (str, os.PathLike))
+    return _from_graph(Path(source), form, backend)
+
+
+def _from_module(source: Any, backend: Backend) -> Model:
+    from anysize.exporters.exporting import private_copy, probe_module, to_onnx, verify
+
+    if is_module(source):
+        module, sha256 = private_copy(source), ""
+        channels: tuple[int, ...] = _CHANNELS
+    else:
+        weights = load_weights(Path(source))
+        module, sha256, channels = weights.module, weights.sha256, (weights.in_channels,)
+    spec: ModelSpec | None = None
+    problem: ExportError | None = None
+    for count in channels:
+        try:
+            spec = probe_module(module, _image_template(module, count))
+            break
+        except ExportError as error:
+            problem = problem or error
+    if spec is None:
+        raise ModelLoadError(
+            f"{type(module).__name__} does not run on one NCHW image of {' or '.join(map(str, channels))} "
+            f"channels; export it with its inputs named: {problem}"
+        )
+    spec = replace(spec, source_sha256=sha256)
+    if "module" in backend.formats:
+        return Model("module", module, spec)
+    with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
+        model = to_onnx(module, spec, Path(folder) / "model.onnx")
+        if isinstance(model.data, Path):
+            raise ModelLoadError("this model is too large to convert on the fly; export it to a file first")
+    verify(module, model, [backend])
+    return model
+
+
+def _image_template(module: Any, channels: int) -> dict[str, tuple[np.dtype[Any], tuple[int | str, ...]]]:
+    import inspect
+
+    name = next(iter(inspect.signature(module.forward).parameters), "input")
+    return {name: (np.dtype(np.float32), ("n", channels, "h", "w"))}
+
+
+def _from_graph(path: Path, form: str, backend: Backend) -> Model:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise ModelLoadError(f"{path}: the file is empty")
+    alone = form == "onnx" and not list(path.parent.glob(f"{path.stem}*.data"))
+    model = Model(form, data if alone else path)
+    try:
+        text = backend.metadata(model).get(SPEC_KEY)
+        if text is not None:
+            return replace(model, spec=ModelSpec.from_json(text))
+        spec = _probe_graph(model, backend)
+    except AnysizeError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
+    return replace(model, spec=replace(spec, source_sha256=hashlib.sha256(data).hexdigest()))
+
+
+def _probe_graph(model: Model, backend: Backend) -> ModelSpec:
+    """The contract of a file that carries none, found by running it on this engine."""
+    from anysize.exporters.probing import probe
+
+    options = EngineOptions()
+    program = backend.compile(model, None, options)
+    templates = {}
+    letters = {0: "n", 2: "h", 3: "w"}
+    for i, port in enumerate(program.inputs):
+        tag = f"_{port.name}" if i else ""
+        axes = tuple(
+            size if size is not None else (letters.get(axis, f"d{axis}") + (tag if axis else ""))
+            for axis, size in enumerate(port.shape)
+        )
+        templates[port.name] = (port.dtype, axes)
+    image = templates and next(iter(templates.values()))[1]
+    if not (image and len(image) == 4 and isinstance(image[1], int)):
+        found = "; ".join(f"{n}{list(a)}" for n, (_, a) in templates.items())
+        raise OptionError(f"expected an NCHW image input with fixed channels, found {found}")
+
+    def run(feeds: Feeds) -> dict[str, Array]:
+        nonlocal program
+        if backend.prefers_static:  # an open program has been seen to answer a bad size with old data
+            return backend.compile(model, {n: f.shape for n, f in feeds.items()}, options).run(feeds)
+        try:
+            return program.run(feeds)
+        except Exception:
+            program = backend.compile(model, None, options)
+            raise
+
+    return replace(probe(run, templates), producer=f"{backend.name} {backend.version}")

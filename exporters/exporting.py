@@ -188,7 +188,6 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
                 verbose=False,
                 opset_version=OPSET,
                 input_names=[t.name for t in spec.inputs],
-                output_names=[t.name for t in spec.outputs],
             )
     except Exception as error:  # the exporter's own classes are many and private
         raise ExportError(f"torch cannot export this module: {str(error).splitlines()[0]}") from error
@@ -196,10 +195,27 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     proto = exported.model_proto
     spec = replace(spec, opset=OPSET)
     onnx.helper.set_model_props(proto, {SPEC_KEY: spec.to_json()})
+    _name_outputs(onnx, proto.graph, [t.name for t in spec.outputs])
     _declare(proto, spec)
     alone = proto.ByteSize() < _PROTOBUF_LIMIT
     onnx.save_model(proto, path, save_as_external_data=not alone, location=f"{path.stem}.onnx.data")
     return Model("onnx", path.read_bytes() if alone else path, spec)
+
+
+def _name_outputs(onnx: Any, graph: Any, names: Sequence[str]) -> None:
+    """Name the outputs. The exporter's own way renames the input too where a module returns it."""
+    taken = {value.name for value in graph.input}
+    for value, name in zip(graph.output, names, strict=True):
+        if value.name in taken:  # an input, or the same tensor returned twice
+            graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
+        else:
+            for node in graph.node:
+                for field in (node.input, node.output):
+                    for i, other in enumerate(field):
+                        if other == value.name:
+                            field[i] = name
+        taken |= {value.name, name}
+        value.name = name
 
 
 def _declare(proto: Any, spec: ModelSpec) -> None:

@@ -1,0 +1,95 @@
+"""Fixtures: every installed engine, toy models on it, and the folder of real weights where it is there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toys
+
+import anysize
+from anysize.backends import Backend, EngineOptions, Model, get_backend
+from anysize.exporters.exporting import private_copy, probe_module, to_onnx
+from anysize.guard import ShapeGuard
+from anysize.session import Session
+
+ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
+ENGINES = anysize.available_backends()
+
+
+@pytest.fixture(params=ENGINES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each installed engine's name in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    if not ASSETS.is_dir():
+        pytest.skip("needs the folder ../shared/assets with real weights and pictures")
+    return ASSETS
+
+
+class ToyBox:
+    """Toy modules, each probed and exported once a test run, opened on any engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.made: dict[str, tuple[Any, Model]] = {}
+
+    def make(self, name: str, **arguments: int) -> tuple[Any, Model]:
+        """The module and its ONNX model."""
+        key = name + "".join(f"-{k}{v}" for k, v in arguments.items())
+        if key not in self.made:
+            module = private_copy(getattr(toys, name)(**arguments))
+            spec = probe_module(module, {"x": (np.dtype(np.float32), ("n", 3, "h", "w"))})
+            self.made[key] = module, to_onnx(module, spec, self.folder / f"{key}.onnx")
+        return self.made[key]
+
+    def file(self, name: str, **arguments: int) -> Path:
+        """Its ONNX file."""
+        self.make(name, **arguments)
+        return self.folder / (name + "".join(f"-{k}{v}" for k, v in arguments.items()) + ".onnx")
+
+    def session(
+        self,
+        name: str,
+        backend: str | Backend,
+        *,
+        shapes: str = "auto",
+        max_live: int = 4,
+        precision: str = "f32",
+        threads: int | None = None,
+        **arguments: int,
+    ) -> Session:
+        module, onnx = self.make(name, **arguments)
+        engine = get_backend(backend) if isinstance(backend, str) else backend
+        model = onnx if "onnx" in engine.formats else Model("module", module, onnx.spec)
+        options = EngineOptions(precision, "cpu", threads)
+        return Session([ShapeGuard(engine, model, options, shapes, max_live)])
+
+    def upscaler(
+        self, name: str, backend: str | Backend, tiling: anysize.Tiling | None = None, **arguments: Any
+    ) -> anysize.Upscaler:
+        return anysize.Upscaler(self.session(name, backend, **arguments), tiling=tiling)
+
+
+@pytest.fixture(scope="session")
+def toybox(tmp_path_factory: pytest.TempPathFactory) -> ToyBox:
+    return ToyBox(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture
+def picture() -> Callable[..., np.ndarray]:
+    """picture(h, w, channels, dtype, seed): random but smooth enough to look like one."""
+
+    def make(height: int, width: int, channels: int = 3, dtype: Any = np.uint8, seed: int = 0) -> np.ndarray:
+        values = np.random.default_rng(seed).random((height, width, channels))
+        if np.dtype(dtype).kind == "f":
+            return values.astype(dtype)
+        return (values * np.iinfo(dtype).max).astype(dtype)
+
+    return make

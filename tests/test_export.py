@@ -1,0 +1,257 @@
+"""Contracts are probed, not declared: modules that no room of the library knows."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+import torch
+from conftest import ENGINES, ToyBox
+from torch import nn
+
+import anysize
+from anysize import Dim, ExportError, ModelLoadError, ModelSpec, OptionError, Rule, ShapeError
+from anysize.backends import Model
+from anysize.exporters import export
+from anysize.exporters.exporting import verification_sizes, verify
+
+GRAPH_ENGINES = [e for e in ENGINES if e != "torch"]
+
+
+def exported(tmp_path: Path, module: nn.Module, inputs: object) -> ModelSpec:
+    file = export(module.eval(), tmp_path / "m.onnx", inputs=inputs)
+    specs = [anysize.load(file, backend=engine).spec for engine in GRAPH_ENGINES]
+    assert all(s == specs[0] for s in specs)
+    return specs[0]
+
+
+def test_stride_2_encoder_decoder(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.EncoderDecoder(), {"x": ("n", 3, "h", "w")})
+    assert spec.dims == {"n": Dim("n"), "h": Dim("h", 4, None, 4), "w": Dim("w", 4, None, 4)}
+    assert spec.output_rule == {"output": ("n", "3", "h", "w")}
+    assert spec.scale == 1
+    assert spec.tileable
+    assert spec.radius == reach_by_hand(toys.EncoderDecoder(), 4)
+
+
+def reach_by_hand(module: nn.Module, multiple: int) -> int:
+    """The receptive radius along H from gradients of a linear, all-positive copy of the network."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.abs_()
+    worst = 0
+    for row in range(24, 24 + multiple):
+        x = torch.ones(1, 3, 64, 8, requires_grad=True)
+        module(x)[:, :, row].sum().backward()
+        rows = torch.nonzero(x.grad.abs().sum(dim=(0, 1, 3)))
+        worst = max(worst, row - int(rows.min()), int(rows.max()) - row)
+    return worst
+
+
+def test_pixel_unshuffle(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.Unshuffle(2), [("n", 3, "h", "w")])
+    assert spec.dims["h"] == Dim("h", 2, None, 2)
+    assert spec.output_rule == {"output": ("n", "3", "h", "w")}
+    assert spec.radius == 3  # one 3x3 convolution over blocks of 2: a block and the next one's far pixel
+    assert spec.tileable
+
+
+def test_fixed_size(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.FixedSize(24, 40), torch.rand(1, 3, 24, 40))
+    assert spec.dims == {"n": Dim("n")}
+    assert spec.inputs[0].shape == (Dim("n"), 3, 24, 40)
+    assert spec.output_rule == {"output": ("n", "5")}
+    assert spec.radius is None
+    assert not spec.tileable
+
+
+def test_floor_of_four(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.FloorOfFour(), {"x": ("n", 3, "h", "w")})
+    assert spec.dims["h"] == Dim("h", 4)
+    assert spec.outputs[0].shape[2:] == (Rule("h", 4, 4), Rule("w", 4, 4))
+    assert spec.output_rule == {"output": ("n", "3", "4*(h//4)", "4*(w//4)")}
+    assert spec.radius == 3
+
+
+def test_two_linked_inputs(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.TwoInputs(), {"image": ("n", 3, "h", "w"), "mask": ("n", 1, "mh", "mw")})
+    assert list(spec.dims) == ["n", "h", "w"]
+    assert spec.inputs[1].shape == (Rule("n"), 1, Rule("h", 2), Rule("w", 2))
+    assert spec.output_rule == {"output": ("n", "3", "h", "w")}
+    with anysize.load(tmp_path / "m.onnx", backend=GRAPH_ENGINES[0]) as session:
+        image, mask = np.zeros((1, 3, 10, 12), np.float32), np.zeros((1, 1, 20, 23), np.float32)
+        with pytest.raises(ShapeError, match=r"'mask', axis 3: got 23, but must be 2\*w = 24") as caught:
+            session.run({"image": image, "mask": mask})
+        assert (caught.value.input, caught.value.axis, caught.value.got) == ("mask", 3, 23)
+        assert caught.value.nearest == (24,)
+        assert session.stats.calls == session.stats.compiles == 0
+
+
+def test_whole_picture_statistics_are_not_tileable(tmp_path: Path) -> None:
+    spec = exported(tmp_path, toys.WholePicture(), {"x": ("n", 3, "h", "w")})
+    assert spec.radius is None
+    assert not spec.tileable
+
+
+def test_absolute_positions_are_not_tileable() -> None:
+    class Ramp(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + torch.linspace(0, 1, x.shape[2])[None, None, :, None]
+
+    spec = anysize.load(Ramp(), backend="torch").spec
+    assert spec.radius is None
+    assert not spec.tileable
+
+
+def test_upper_bound_and_bounded_batch() -> None:
+    class Bounded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.rand(1, 3, 100, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[0] > 1 or x.shape[2] > 100:
+                raise ValueError("too large")
+            return x + self.table[:, :, : x.shape[2]]
+
+    spec = anysize.load(Bounded(), backend="torch").spec
+    assert spec.inputs[0].shape[0] == 1
+    assert spec.dims["h"] == Dim("h", 1, 100)
+    assert spec.dims["w"].max is None
+
+
+@pytest.mark.parametrize("factor", [3, 5, 7, 16, 32])
+def test_multiples(factor: int) -> None:
+    spec = anysize.load(toys.Windows(factor), backend="torch").spec
+    assert spec.dims["h"] == Dim("h", factor, None, factor)
+    assert spec.radius == factor - 1
+
+
+def test_size_without_a_rule_is_an_error() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[2] % 8 != 1 or x.shape[3] % 8 != 1:
+                raise ValueError("1 more than a multiple of 8")
+            return x
+
+    with pytest.raises(ModelLoadError, match="no rule|none of the sizes"):
+        anysize.load(Odd(), backend="torch")
+
+
+def test_a_module_that_runs_at_no_size_names_the_reason(tmp_path: Path) -> None:
+    class Never(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("not today")
+
+    with pytest.raises(ExportError, match="not today"):
+        export(Never(), tmp_path / "m.onnx", inputs={"x": ("n", 3, "h", "w")})
+    with pytest.raises(ExportError, match="not today"):
+        export(Never(), tmp_path / "m.onnx", inputs=torch.rand(1, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_leaves_the_module_alone(tmp_path: Path) -> None:
+    module = toys.Convolution().train()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    export(module, tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+    assert module.training
+    assert all(p.requires_grad for p in module.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+def test_openvino_ir_keeps_contract_and_full_precision(tmp_path: Path) -> None:
+    module = toys.EncoderDecoder()
+    file = export(module, tmp_path / "m.xml", inputs=[("n", 3, "h", "w")])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["m.bin", "m.xml"]
+    session = anysize.load(file)
+    assert session.backend == "openvino"
+    assert session.spec.dims["h"].multiple_of == 4
+    x = np.random.default_rng(0).random((1, 3, 20, 16), np.float32)
+    with torch.no_grad():
+        want = module(torch.from_numpy(x)).numpy()
+    assert np.abs(session(x) - want).max() < 1e-5  # fp16 weights would be off by 1e-4 and more
+
+
+def test_one_file_and_declared_axes(tmp_path: Path) -> None:
+    import onnx
+
+    file = export(toys.Nearest(3), tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+    assert [f.name for f in tmp_path.iterdir()] == ["m.onnx"]
+    graph = onnx.load(file).graph
+
+    def axes(value: object) -> list:
+        return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+    assert axes(graph.input[0]) == ["n", 3, "h", "w"]
+    assert axes(graph.output[0]) == ["n", 3, "3*h", "3*w"]
+
+
+def test_verification_catches_a_graph_that_differs(toybox: ToyBox) -> None:
+    module, onnx = toybox.make("Convolution")
+    import copy
+
+    from anysize.backends import get_backend
+
+    other = copy.deepcopy(module)
+    other.conv.bias.data += 1e-3
+    with pytest.raises(ExportError, match="differs from eager by 0.001"):
+        verify(other, onnx, [get_backend(GRAPH_ENGINES[0])])
+
+
+def test_verification_catches_a_lying_contract(toybox: ToyBox) -> None:
+    module, onnx = toybox.make("EncoderDecoder")
+    from anysize.backends import get_backend
+
+    lie = Model(onnx.format, onnx.data, toys.image_spec())  # any size, it says
+    with pytest.raises((ExportError, RuntimeError)):
+        verify(module, lie, [get_backend(e) for e in GRAPH_ENGINES])
+
+
+def test_verification_sizes_cover_the_bound_and_are_not_square() -> None:
+    sizes = verification_sizes(toys.image_spec(multiple=8))
+    assert len(sizes) >= 4
+    assert {"n": 1, "h": 8, "w": 8} in sizes
+    assert any(s["h"] != s["w"] for s in sizes)
+    assert any(s["n"] > 1 for s in sizes)
+
+
+@pytest.mark.parametrize("inputs", [{}, {"x": ("n", 3.5, "h", "w")}])
+def test_bad_inputs_are_refused(tmp_path: Path, inputs: object) -> None:
+    with pytest.raises(OptionError):
+        export(toys.Nearest(), tmp_path / "m.onnx", inputs=inputs)
+
+
+@pytest.mark.parametrize("name", ["m.pt", "missing/m.onnx"])
+def test_bad_paths_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(OptionError):
+        export(toys.Nearest(), tmp_path / name, inputs=[("n", 3, "h", "w")])
+
+
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+def test_a_foreign_onnx_file_is_probed(tmp_path: Path, toybox: ToyBox, engine: str) -> None:
+    import onnx
+
+    for name, multiple, radius in (("Convolution", 1, 3), ("EncoderDecoder", 4, None)):
+        proto = onnx.load(toybox.file(name))
+        del proto.metadata_props[:]
+        file = tmp_path / f"{name}.onnx"
+        onnx.save(proto, file)
+        session = anysize.load(file, backend=engine)
+        want = toybox.make(name)[1].spec
+        assert session.spec.dims["h"] == Dim("h", multiple, None, multiple)
+        assert session.spec.output_rule == want.output_rule
+        assert session.spec.radius == want.radius
+        assert radius in (None, session.spec.radius)
+
+
+def test_exporters_name_no_architecture() -> None:
+    for file in (Path(anysize.__file__).parent / "exporters").glob("*.py"):
+        text = file.read_text().lower()
+        assert not [w for w in ("rrdb", "srvgg", "compact", "esrgan") if w in text]
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("anysize.models")

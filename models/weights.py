@@ -46,7 +46,7 @@ def load_weights(path: Path) -> Weights:
         ) from error
     state = _state_dict(_read(path), path)
     for recognise in (_compact, _rrdbnet):
-        module = recognise(state)
+        module = recognise(state, path)
         if module is not None:
             break
     else:
@@ -110,7 +110,7 @@ def _is_conv3(tensor: Any) -> bool:
     return getattr(tensor, "ndim", 0) == 4 and tuple(tensor.shape[2:]) == (3, 3)
 
 
-def _compact(state: StateDict) -> Any | None:
+def _compact(state: StateDict, path: Path) -> Any | None:
     indices = [int(m[1]) for k in state if (m := re.fullmatch(r"body\.(\d+)\.weight", k))]
     if len(indices) < 2 or any(not k.startswith("body.") for k in state):
         return None
@@ -126,7 +126,7 @@ def _compact(state: StateDict) -> Any | None:
     convolutions = max(indices) // 2 - 1
     if "body.1.weight" not in state:
         raise ModelLoadError(
-            f"SRVGGNetCompact with {convolutions} convolutions but no PReLU weights: "
+            f"{path}: SRVGGNetCompact with {convolutions} convolutions but no PReLU weights: "
             "its activation cannot be told from the file"
         )
     return SRVGGNetCompact(channels, features, convolutions, scale)
@@ -162,7 +162,7 @@ def _rename(state: StateDict, architecture: str) -> dict[str, Any]:
     return renamed
 
 
-def _rrdbnet(state: StateDict) -> Any | None:
+def _rrdbnet(state: StateDict, path: Path) -> Any | None:
     state = _rename(state, "RRDBNet")
     first, last = state.get("conv_first.weight"), state.get("conv_last.weight")
     dense = state.get("body.0.rdb1.conv1.weight")

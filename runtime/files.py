@@ -136,6 +136,8 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
                 or name == "resolution-unit"
             ):
                 image.set_type(header.get_typeof(name), name, header.get(name))
+        # the pixels are upright, but the EXIF block still says how they were
+        image.set_type(pyvips.GValue.gint_type, "orientation", 1)
     with replacing(path) as temporary:
         try:
             image.write_to_file(str(temporary), **WRITABLE[suffix])

@@ -38,9 +38,9 @@ class Tiling:
     def __post_init__(self) -> None:
         if self.method not in ("auto", "tile", "whole"):
             raise OptionError(f"method must be auto, tile or whole, not {self.method!r}")
-        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 1):
+        if self.tile is not None and (type(self.tile) is not int or self.tile < 1):
             raise OptionError(f"tile must be a positive number of pixels, not {self.tile!r}")
-        if self.overlap != "exact" and (not isinstance(self.overlap, int) or self.overlap < 0):
+        if self.overlap != "exact" and (type(self.overlap) is not int or self.overlap < 0):
             raise OptionError(f"overlap must be 'exact' or a number of pixels >= 0, not {self.overlap!r}")
 
 

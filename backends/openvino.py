@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,8 @@ import numpy as np
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
 from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import SPEC_KEY
+
+_REMEMBERED_SHAPES = 1024
 
 
 class OpenVINOBackend(Backend):
@@ -55,7 +58,8 @@ class OpenVINOBackend(Backend):
         elif device == "CPU":
             # Else a cache of kernels per shape seen grows with every new size.
             config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
-        return _Program(self._core.compile_model(graph, device, config))
+        compiled = self._core.compile_model(graph, device, config)
+        return _Program(compiled, None if shapes is not None else graph)
 
     def metadata(self, model: Model) -> dict[str, str]:
         graph = self._graph(model)
@@ -80,8 +84,11 @@ class OpenVINOBackend(Backend):
 
 
 class _Program(Executable):
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, open_graph: Any | None) -> None:
         self._compiled = compiled
+        self._graph = open_graph
+        self._inferred: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
+        self._lock = threading.Lock()
         self.inputs = tuple(map(_port, compiled.inputs))
         self.outputs = tuple(map(_port, compiled.outputs))
         self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
@@ -90,6 +97,8 @@ class _Program(Executable):
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
+        if self._graph is not None:
+            self._infer_shapes(self._graph, {name: value.shape for name, value in feeds.items()})
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
@@ -100,6 +109,20 @@ class _Program(Executable):
         outputs = {port.name: results[i] for i, port in enumerate(self.outputs)}
         self._idle.put(request)
         return outputs
+
+    def _infer_shapes(self, graph: Any, shapes: Shapes) -> None:
+        """Raise for sizes that do not fit somewhere in an open program's graph.
+
+        Running them has returned the previous output, poisoned the program, and with one thread ended the
+        process. Shape inference costs milliseconds, and only for a size not seen lately.
+        """
+        key = tuple(shapes[port.name] for port in self.inputs)
+        with self._lock:
+            if key not in self._inferred:
+                graph.reshape({name: list(shape) for name, shape in shapes.items()})
+                self._inferred[key] = None
+                while len(self._inferred) > _REMEMBERED_SHAPES:
+                    self._inferred.popitem(last=False)
 
 
 def _port(port: Any) -> Port:

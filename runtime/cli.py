@@ -277,14 +277,15 @@ def backends(as_json: AsJson = False, debug: Debug = False) -> int:
             print(json.dumps(asdict(info)))  # noqa: T201
         return OK
     table = Table()
-    for column in ("backend", "version", "takes", "precisions", "install"):
-        table.add_column(column)
+    for column in ("backend", "version", "takes", "precisions"):
+        table.add_column(column, overflow="fold")
     for info in found:
-        state = "installed" if info.problem is None else info.install
-        table.add_row(
-            info.name, info.version or "-", ", ".join(info.formats), ", ".join(info.precisions), state
-        )
+        version = info.version or "not usable"
+        table.add_row(info.name, version, ", ".join(info.formats), ", ".join(info.precisions))
     out.print(table)
+    for info in found:
+        if info.problem is not None:
+            out.print(info.problem, markup=False, highlight=False, soft_wrap=True)
     return OK
 
 

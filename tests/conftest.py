@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anysize
 import numpy as np
 import pytest
 import toys
-
-import anysize
 from anysize.backends import Backend, EngineOptions, Model, get_backend
 from anysize.exporters.exporting import private_copy, probe_module, to_onnx
 from anysize.guard import ShapeGuard

@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ToyBox
-
 from anysize import ModelLoadError, OptionError
 from anysize.backends import SPEC_KEY, EngineOptions, Executable, Model, ModelSpec, get_backend
+from conftest import ToyBox
 
 F32 = EngineOptions()
 
 
-def compile_toy(toybox: ToyBox, backend: str, name: str, shape: tuple[int, ...] | None, **kw: int) -> Executable:
+def compile_toy(
+    toybox: ToyBox, backend: str, name: str, shape: tuple[int, ...] | None, **kw: int
+) -> Executable:
     module, onnx = toybox.make(name, **kw)
     engine = get_backend(backend)
     model = onnx if "onnx" in engine.formats else Model("module", module, onnx.spec)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import anysize
 import numpy as np
 import pytest
-import toys
 import torch
-from conftest import ENGINES, ToyBox
-from torch import nn
-
-import anysize
+import toys
 from anysize import Dim, ExportError, ModelLoadError, ModelSpec, OptionError, Rule, ShapeError
 from anysize.backends import Model
 from anysize.exporters import export
 from anysize.exporters.exporting import verification_sizes, verify
+from conftest import ENGINES, ToyBox
+from torch import nn
 
 GRAPH_ENGINES = [e for e in ENGINES if e != "torch"]
 

@@ -6,16 +6,15 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import anysize
 import numpy as np
 import pytest
 import pyvips
-from PIL import Image
-from toys import image_spec, nearest, numpy_session
-
-import anysize
 from anysize import Cancelled, ExecutionError, ImageError, Upscaler, upscale_file
 from anysize.batch import plan_jobs, run_jobs
 from anysize.files import read_picture, write_picture
+from PIL import Image
+from toys import image_spec, nearest, numpy_session
 
 
 @pytest.fixture
@@ -44,7 +43,9 @@ def test_lossless_round_trip(
 @pytest.mark.parametrize("suffix", [".jpg", ".webp", ".avif"])
 def test_lossy_formats_stay_close(tmp_path: Path, suffix: str) -> None:
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
-    x = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], -1)
+    x = np.stack(
+        [np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64)), np.full((64, 64), 90, np.uint8)], -1
+    )
     write_picture(tmp_path / f"x{suffix}", x)
     y = read_picture(tmp_path / f"x{suffix}").array
     assert np.abs(y.astype(int) - x).mean() < 3
@@ -212,7 +213,12 @@ def test_upscale_file_reports(tmp_path: Path, backend: str) -> None:
     write_picture(tmp_path / "in.png", np.zeros((5, 6, 3), np.uint8))
     report = upscale_file(tmp_path / "in.png", tmp_path / "x.png", backend=backend, outscale=2)
     assert (report.status, report.width, report.height, report.scale) == ("ok", 12, 10, 2.0)
-    assert (report.backend, report.precision, report.device, report.method) == (backend, "f32", "cpu", "whole")
+    assert (report.backend, report.precision, report.device, report.method) == (
+        backend,
+        "f32",
+        "cpu",
+        "whole",
+    )
     assert report.output == str(tmp_path / "x.png")
     assert report.model_scale == 4
     assert oct((tmp_path / "x.png").stat().st_mode & 0o777) == oct(0o666 & ~_umask())

@@ -6,15 +6,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import anysize
 import numpy as np
 import pytest
-from conftest import ToyBox
-from toys import Faulty, NumpyBackend, image_spec, nearest, numpy_session, raises
-
-import anysize
-from anysize import ExecutionError, IntegrityError, Options, OptionError, ShapeError
+from anysize import ExecutionError, IntegrityError, OptionError, Options, ShapeError
 from anysize.backends import EngineOptions, Executable, Model, get_backend
 from anysize.backends.base import Shapes
+from conftest import ToyBox
+from toys import Faulty, NumpyBackend, image_spec, nearest, numpy_session, raises
 
 
 def x(height: int, width: int) -> np.ndarray:
@@ -249,6 +248,8 @@ def test_several_inputs_need_names() -> None:
 
     spec = image_spec()
     two = type(spec)((spec.inputs[0], spec.inputs[0]), spec.outputs)
-    session = Session([ShapeGuard(toys.NumpyBackend(), Model("numpy", None, two), EngineOptions(), "auto", 1)])
+    session = Session(
+        [ShapeGuard(toys.NumpyBackend(), Model("numpy", None, two), EngineOptions(), "auto", 1)]
+    )
     with pytest.raises(OptionError, match="several"):
         session(x(4, 4))

@@ -6,17 +6,16 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import anysize
 import numpy as np
 import pytest
 import torch
-from conftest import ENGINES
-from safetensors.torch import save_file
-from torch.nn import functional as F
-
-import anysize
 from anysize import BackendUnavailableError, ModelLoadError
 from anysize.models import bundled_file, load_weights
 from anysize.models.architectures import RRDBNet, SRVGGNetCompact, space_to_depth
+from conftest import ENGINES
+from safetensors.torch import save_file
+from torch.nn import functional as F
 
 State = dict[str, torch.Tensor]
 
@@ -30,7 +29,9 @@ def to_old_names(state: State, upsamplings: int) -> State:
     """The first ESRGAN release: a numbered top level."""
     order = ["conv_first", None, *(f"conv_up{i + 1}" for i in range(upsamplings)), "conv_hr", "conv_last"]
     last = 2 + 3 * upsamplings
-    numbers = dict(zip([n for n in order if n], [0, *range(3, 3 * upsamplings + 1, 3), last, last + 2], strict=True))
+    numbers = dict(
+        zip([n for n in order if n], [0, *range(3, 3 * upsamplings + 1, 3), last, last + 2], strict=True)
+    )
     renamed = {}
     for key, value in state.items():
         head, _, tail = key.partition(".")
@@ -58,7 +59,9 @@ def to_middle_names(state: State) -> State:
     return renamed
 
 
-def roundtrip(path: Path, module: torch.nn.Module, rename: Callable[[State], State] = dict, wrap: str = "") -> None:
+def roundtrip(
+    path: Path, module: torch.nn.Module, rename: Callable[[State], State] = dict, wrap: str = ""
+) -> None:
     state = rename(module.state_dict())
     if path.suffix == ".safetensors":
         save_file(state, path)
@@ -190,7 +193,9 @@ def test_anything_else_is_refused_with_what_was_found(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("source", ["nonsense", "missing.pth", "missing.onnx", "picture.png", "", 5, None, b"x"])
+@pytest.mark.parametrize(
+    "source", ["nonsense", "missing.pth", "missing.onnx", "picture.png", "", 5, None, b"x"]
+)
 def test_bad_sources(source: object) -> None:
     with pytest.raises((ModelLoadError, anysize.OptionError)):
         anysize.load(source)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import anysize
 import numpy as np
 import pytest
-from PIL import Image
-from toys import image_spec, nearest, numpy_session
-
-import anysize
 from anysize import ImageError, OptionError, Tiling, Upscaler
 from anysize.pixels import constant_runs, quantise, split
+from PIL import Image
+from toys import image_spec, nearest, numpy_session
 
 
 @pytest.fixture

@@ -14,17 +14,25 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import anysize
 import numpy as np
 import pytest
+from anysize import (
+    ExecutionError,
+    IntegrityError,
+    ModelLoadError,
+    OptionError,
+    Options,
+    ShapeError,
+    Tiling,
+    Upscaler,
+)
+from anysize.backends import get_backend
+from anysize.files import read_picture
 from conftest import ENGINES, ToyBox
 from PIL import Image
 from test_files import broken_files
 from toys import Faulty, image_spec, nearest, not_a_number, numpy_session, raises, too_large, too_small
-
-import anysize
-from anysize import ExecutionError, IntegrityError, ModelLoadError, Options, OptionError, ShapeError, Tiling, Upscaler
-from anysize.backends import get_backend
-from anysize.files import read_picture
 
 TILES = Tiling("tile", 16, "exact")
 
@@ -166,7 +174,9 @@ def test_r07_inputs_stay_as_they_were(backend: str, toybox: ToyBox) -> None:
     assert want.max() > 0
 
 
-def test_r08_threads_do_not_mix_pictures(backend: str, toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
+def test_r08_threads_do_not_mix_pictures(
+    backend: str, toybox: ToyBox, picture: Callable[..., np.ndarray]
+) -> None:
     """Real-ESRGAN#658, nataili#25, openvino#2349: pictures mixed in a thread pool."""
     upscale = toybox.upscaler("Convolution", backend, Tiling("tile", 12, "exact"))
     pictures = [picture(14 + 3 * i, 30 - 2 * i, seed=i) for i in range(8)]
@@ -242,7 +252,9 @@ def test_r12_nan_is_an_error_and_never_black(
         assert upscale.report.fallbacks[0].startswith(f"{backend}:bf16 -> {backend}:f32: ")
 
 
-@pytest.mark.parametrize(("name", "multiple"), [("Unshuffle", 2), ("Unshuffle", 4), ("Unshuffle", 8), ("Windows", 7)])
+@pytest.mark.parametrize(
+    ("name", "multiple"), [("Unshuffle", 2), ("Unshuffle", 4), ("Unshuffle", 8), ("Windows", 7)]
+)
 def test_r13_odd_sizes(backend: str, toybox: ToyBox, name: str, multiple: int) -> None:
     """chaiNNer#985, #2918: odd sizes broke x2 and windowed models."""
     argument = {"factor" if name == "Unshuffle" else "window": multiple}
@@ -402,7 +414,18 @@ def test_r22_a_bad_file_does_not_end_the_batch(backend: str, tmp_path: Path) -> 
     folder.mkdir()
     broken_files(folder)
     done = subprocess.run(
-        [sys.executable, "-m", "anysize.cli", "upscale", folder, "-o", tmp_path / "out", "-b", backend, "--json"],
+        [
+            sys.executable,
+            "-m",
+            "anysize.cli",
+            "upscale",
+            folder,
+            "-o",
+            tmp_path / "out",
+            "-b",
+            backend,
+            "--json",
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -422,8 +445,18 @@ def test_r22_a_bad_file_does_not_end_the_batch(backend: str, tmp_path: Path) -> 
 
 def test_r23_interrupting_leaves_no_picture(backend: str, tmp_path: Path) -> None:
     """An interrupted run left a broken picture: SIGINT and SIGKILL in the middle."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), np.uint8)).save(tmp_path / "in.png")
-    command = [sys.executable, "-m", "anysize.cli", "upscale", tmp_path / "in.png", "-o", tmp_path / "out.png"]
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), np.uint8)).save(
+        tmp_path / "in.png"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "anysize.cli",
+        "upscale",
+        tmp_path / "in.png",
+        "-o",
+        tmp_path / "out.png",
+    ]
     command += ["-b", backend, "--method", "tile", "--tile", "24"]
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -458,6 +491,7 @@ def test_r24_one_core_and_a_bad_size(backend: str, toybox: ToyBox) -> None:
         from anysize.session import Session
 
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        torch.set_num_threads(1)
         backend, file = sys.argv[1:]
         source = toys.EncoderDecoder() if backend == "torch" else file
         honest = anysize.load(source, backend=backend, options={"threads": 1})

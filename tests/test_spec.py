@@ -6,11 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from anysize import Dim, ModelLoadError, ModelSpec, Rule, ShapeError, TensorSpec
 from hypothesis import given
 from hypothesis import strategies as st
 from toys import image_spec
-
-from anysize import Dim, ModelLoadError, ModelSpec, Rule, ShapeError, TensorSpec
 
 
 @given(
@@ -18,7 +17,9 @@ from anysize import Dim, ModelLoadError, ModelSpec, Rule, ShapeError, TensorSpec
 )
 def test_dim_ceil_floor_nearest(least: int, multiple: int, extra: int | None, size: int) -> None:
     dim = Dim("h", least, None if extra is None else least + extra + multiple, multiple)
-    valid = [s for s in range(1, 400) if s % multiple == 0 and s >= least and (dim.max is None or s <= dim.max)]
+    valid = [
+        s for s in range(1, 400) if s % multiple == 0 and s >= least and (dim.max is None or s <= dim.max)
+    ]
     assert [s for s in range(-3, 400) if dim.allows(s)] == valid
     assert dim.floor(size) == max((s for s in valid if s <= size), default=0)
     assert dim.ceil(size) >= max(size, least)

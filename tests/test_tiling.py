@@ -6,13 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+from anysize import Cancelled, OptionError, Tiling, Upscaler
+from anysize.tiling import grid, spans
 from conftest import ToyBox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import NumpyBackend, image_spec, nearest, numpy_session
-
-from anysize import Cancelled, OptionError, Tiling, Upscaler
-from anysize.tiling import grid, spans
 
 
 @given(st.integers(1, 300), st.integers(1, 80), st.integers(0, 60), st.integers(1, 9))
@@ -28,7 +27,7 @@ def test_spans_are_uniform_aligned_complete_and_haloed(size: int, core: int, hal
         assert before.last == after.first
     for span in cut:
         assert span.start % step == 0
-        assert 0 <= span.start
+        assert span.start >= 0
         assert span.start + extent <= size
         assert span.first < span.last
         assert span.first == 0 or span.first - span.start >= halo
@@ -150,7 +149,15 @@ def test_progress_counts_up_and_cancel_stops() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("tile", 0), ("tile", -5), ("tile", 2.5), ("tile", 8, -1), ("tile", 8, "some"), ("spiral",), ("tile", True)],
+    [
+        ("tile", 0),
+        ("tile", -5),
+        ("tile", 2.5),
+        ("tile", 8, -1),
+        ("tile", 8, "some"),
+        ("spiral",),
+        ("tile", True),
+    ],
 )
 def test_bad_tilings_are_refused(arguments: tuple) -> None:
     with pytest.raises(OptionError):

@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from anysize.backends import Backend, Dim, EngineOptions, Executable, Model, ModelSpec, Rule, TensorSpec
 from anysize.backends.base import Array, Feeds, Shapes
 from anysize.guard import ShapeGuard
 from anysize.session import Session
+from torch import nn
+from torch.nn import functional as F
 
 
 class Nearest(nn.Module):
@@ -216,7 +215,9 @@ def numpy_session(
 class Faulty(Backend):
     """A real engine whose programs go wrong at the calls numbered in `at` (counted over all programs)."""
 
-    def __init__(self, inner: Backend, fault: Callable[[dict[str, Array]], dict[str, Array]], *at: int) -> None:
+    def __init__(
+        self, inner: Backend, fault: Callable[[dict[str, Array]], dict[str, Array]], *at: int
+    ) -> None:
         self.inner, self.fault, self.at = inner, fault, at
         self.name, self.formats, self.precisions = inner.name, inner.formats, inner.precisions
         self.prefers_static = inner.prefers_static

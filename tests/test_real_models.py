@@ -1,0 +1,96 @@
+"""The main job on real weights and pictures, from `../shared/assets`; skipped where that is missing."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import anysize
+import numpy as np
+import pytest
+from anysize import Tiling, Upscaler
+from anysize.files import read_picture
+from anysize.pixels import to_float
+from anysize.session import Session
+from conftest import ENGINES
+
+WEIGHTS = ["realesr-animevideov3.pth", "rrdbnet6-trained.pth"]
+PICTURES = ["0030.jpg", "children-alpha.png"]
+RADIUS = {"realesr-animevideov3.pth": 18, "rrdbnet6-trained.pth": 94}
+
+
+@pytest.fixture(scope="module")
+def sessions(assets: Path) -> dict[tuple[str, str], Session]:
+    return {(w, e): anysize.load(assets / "weights" / w, backend=e) for w in WEIGHTS for e in ENGINES}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_engines_agree_and_exact_tiles_equal_the_whole(
+    sessions: dict[tuple[str, str], Session], assets: Path, weights: str, name: str, tmp_path: Path
+) -> None:
+    array = read_picture(assets / "images" / name).array
+    if weights.startswith("rrdb"):  # minutes of arithmetic otherwise; tests/acceptance.py does it all
+        array = array[:96, :128]
+    whole = {}
+    for engine in ENGINES:
+        upscale = Upscaler(sessions[weights, engine], tiling=Tiling("whole"))
+        whole[engine] = upscale(to_float(array))
+        assert upscale.report.precision == "f32"
+    for engine in ENGINES[1:]:
+        assert np.abs(whole[engine] - whole[ENGINES[0]]).max() <= 1e-4
+    tiled = Upscaler(sessions[weights, ENGINES[0]], tiling=Tiling("tile", 64, "exact"))
+    assert np.abs(tiled(to_float(array)) - whole[ENGINES[0]]).max() <= 1e-5
+    assert tiled.report.exact
+    assert tiled.report.overlap == RADIUS[weights]
+    rough = Upscaler(sessions[weights, ENGINES[0]], tiling=Tiling("tile", 64, 10))
+    rough(array)
+    assert rough.report.exact is False
+    assert rough.report.max_error is not None
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+def test_r01_real_model_on_openvino_with_interleaved_sizes(
+    sessions: dict[tuple[str, str], Session], assets: Path
+) -> None:
+    """The reported scenario: sizes interleaved in one process, each twice, identical hashes, few compiles."""
+    picture = read_picture(assets / "images" / "OST_009.png").array
+    sizes = [(400, 146), (146, 400), (401, 147), (67, 53)]
+    model = sessions[WEIGHTS[0], "openvino"]._guards[0].model
+    from anysize.backends import EngineOptions, get_backend
+    from anysize.guard import ShapeGuard
+
+    guard = ShapeGuard(get_backend("openvino"), model, EngineOptions(), "static", 8)
+    upscale = Upscaler(Session([guard]), tiling=Tiling("tile", 64, "exact"))
+    digests: dict[tuple[int, int], set[str]] = {size: set() for size in sizes}
+    for size in sizes * 2:
+        crop = np.resize(picture, (*size, picture.shape[2]))[..., :3]
+        digests[size].add(hashlib.sha256(upscale(crop).tobytes()).hexdigest())
+    assert all(len(d) == 1 for d in digests.values())
+    assert upscale.session.stats.compiles == len({(min(h, 100), min(w, 100)) for h, w in sizes})
+
+
+def test_bundled_model_beats_bicubic_on_set5(assets: Path) -> None:
+    from training.evaluate import set5
+
+    rows = set5(assets / "images" / "set5", "default", ENGINES[0])
+    assert rows["mean"]["bicubic"] == pytest.approx(28.43, abs=0.02)
+    assert rows["mean"]["model"] >= rows["mean"]["bicubic"] + 1.5
+
+
+@pytest.mark.parametrize("name", ["00017_gray.png", "tree_alpha_16bit.png", "children-alpha.png"])
+def test_kinds_of_pictures_keep_their_kind(assets: Path, tmp_path: Path, name: str) -> None:
+    source = read_picture(assets / "images" / name).array
+    anysize.upscale_file(assets / "images" / name, tmp_path / "out.png")
+    result = read_picture(tmp_path / "out.png").array
+    assert result.dtype == source.dtype
+    assert result.shape == (4 * source.shape[0], 4 * source.shape[1], source.shape[2])
+    small = to_float(result).reshape(source.shape[0], 4, source.shape[1], 4, -1).mean(axis=(1, 3))
+    visible = source[..., -1:] > 0 if source.shape[2] in (2, 4) else np.ones((*source.shape[:2], 1), bool)
+    assert np.abs(small - to_float(source))[np.broadcast_to(visible, small.shape)].mean() < 0.02
+
+
+@pytest.mark.parametrize("weights", ["DITN_Real_x4.pth", "realcugan-se-up2x-no-denoise.safetensors"])
+def test_other_architectures_are_refused_by_name(assets: Path, weights: str) -> None:
+    with pytest.raises(anysize.ModelLoadError, match="neither RRDBNet nor SRVGGNetCompact"):
+        anysize.load(assets / "weights" / weights)

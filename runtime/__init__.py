@@ -7,42 +7,73 @@
     session = anysize.load("model.pth", backend="openvino")
     y = session(x)                                    # NCHW float32
 
-Importing this loads numpy and no engine.
+Importing this is cheap: each name is loaded when it is first used, and no engine before it runs.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from anysize.backends.errors import (
-    AnysizeError,
-    BackendNotFoundError,
-    BackendUnavailableError,
-    Cancelled,
-    ExecutionError,
-    ExportError,
-    ImageError,
-    IntegrityError,
-    MemoryBudgetError,
-    ModelLoadError,
-    NotStreamable,
-    OptionError,
-    ShapeError,
-    TimedOut,
-)
-from anysize.backends.registry import available_backends
-from anysize.backends.spec import Dim, ModelSpec, Rule, TensorSpec
-from anysize.batch import upscale_file
-from anysize.guard import Stats
-from anysize.parity import ParityReport, compare
-from anysize.session import Options, Session, load
-from anysize.tiling import Tiling
-from anysize.upscale import Report, Upscaler
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import torch
+    from anysize import backends, exporters, models
+    from anysize.backends.errors import (
+        AnysizeError,
+        BackendNotFoundError,
+        BackendUnavailableError,
+        Cancelled,
+        ExecutionError,
+        ExportError,
+        ImageError,
+        IntegrityError,
+        MemoryBudgetError,
+        ModelLoadError,
+        NotStreamable,
+        OptionError,
+        ShapeError,
+        TimedOut,
+    )
+    from anysize.backends.registry import available_backends
+    from anysize.backends.spec import Dim, ModelSpec, Rule, TensorSpec
+    from anysize.batch import upscale_file
+    from anysize.guard import Stats
+    from anysize.parity import ParityReport, compare
+    from anysize.session import Options, Session, load
+    from anysize.tiling import Tiling
+    from anysize.upscale import Report, Upscaler
 
-__version__ = "0.1.0"
+#: where each public name lives, for loading it on first use
+_HOMES = {
+    "backends.errors": (
+        "AnysizeError BackendNotFoundError BackendUnavailableError Cancelled ExecutionError ExportError "
+        "ImageError IntegrityError MemoryBudgetError ModelLoadError NotStreamable OptionError ShapeError "
+        "TimedOut"
+    ),
+    "backends.registry": "available_backends",
+    "backends.spec": "Dim ModelSpec Rule TensorSpec",
+    "batch": "upscale_file",
+    "guard": "Stats",
+    "parity": "ParityReport compare",
+    "session": "Options Session load",
+    "tiling": "Tiling",
+    "upscale": "Report Upscaler",
+}
+_HOME_OF = {name: f"anysize.{home}" for home, names in _HOMES.items() for name in names.split()}
+_ROOMS = ("backends", "exporters", "models")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    elif name in _ROOMS:
+        value = import_module(f"anysize.{name}")
+    else:
+        raise AttributeError(f"module 'anysize' has no attribute '{name}'")
+    globals()[name] = value
+    return value
 
 
 def as_module(session: Session) -> torch.nn.Module:
@@ -80,7 +111,10 @@ __all__ = [
     "Upscaler",
     "as_module",
     "available_backends",
+    "backends",
     "compare",
+    "exporters",
     "load",
+    "models",
     "upscale_file",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +147,7 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; moved onto it at the end, removed if anything goes wrong."""
-    temporary = path.with_name(f".{path.stem[:64]}-{secrets.token_hex(6)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:64]}-{os.urandom(6).hex()}{path.suffix}")
     try:
         yield temporary
         try:

@@ -136,7 +136,7 @@ def test_size_without_a_rule_is_an_error() -> None:
                 raise ValueError("1 more than a multiple of 8")
             return x
 
-    with pytest.raises(ModelLoadError, match="no rule|none of the sizes"):
+    with pytest.raises(ModelLoadError, match=r"no rule|none of the sizes"):
         anysize.load(Odd(), backend="torch")
 
 
@@ -197,7 +197,7 @@ def test_verification_catches_a_graph_that_differs(toybox: ToyBox) -> None:
 
     other = copy.deepcopy(module)
     other.conv.bias.data += 1e-3
-    with pytest.raises(ExportError, match="differs from eager by 0.001"):
+    with pytest.raises(ExportError, match=r"differs from eager by 0\.001"):
         verify(other, onnx, [get_backend(GRAPH_ENGINES[0])])
 
 

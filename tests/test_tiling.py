@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
@@ -23,7 +24,7 @@ def test_spans_are_uniform_aligned_complete_and_haloed(size: int, core: int, hal
     assert extent % step == 0
     assert cut[0].first == 0
     assert cut[-1].last == size
-    for before, after in zip(cut, cut[1:], strict=False):
+    for before, after in itertools.pairwise(cut):
         assert before.last == after.first
     for span in cut:
         assert span.start % step == 0

@@ -1,0 +1,42 @@
+# Everything is installed into .venv/; `build/` holds the editable install's links and the stamps.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The strict editable install links each file, so a new file needs the install again.
+FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
+INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
+
+.PHONY: demo test check dev bench acceptance clean
+
+demo: build/.openvino-$(FILES)
+	$(BIN)/python benchmarks/demo.py out
+
+test: build/.dev-$(FILES)
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+check: build/.dev-$(FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+dev: build/.dev-$(FILES)
+	$(BIN)/pre-commit install
+
+bench: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/throughput.py
+
+# The figures that need ../shared/assets: engines against each other, tiles against the whole.
+acceptance: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/acceptance.py
+
+build/.%-$(FILES): pyproject.toml constraints.txt | .venv
+	$(INSTALL) -e ".[$*]"
+	@mkdir -p build && touch $@
+
+.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "anysize needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf build dist out .venv .coverage .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

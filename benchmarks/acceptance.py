@@ -60,9 +60,8 @@ def agreement(table: Table, weights: str) -> None:
             error = float(np.abs(rough(to_float(array)) - floats[engine]).max())
             assert rough.report is not None
             table.add(f"{what}: overlap 10 reported as exact", float(rough.report.exact or False), 0)
-            print(
-                f"     overlap 10: error {error * 255:.3f}/255, reported {rough.report.max_error * 255:.3f}/255"
-            )
+            reported = (rough.report.max_error or 0.0) * 255
+            print(f"     overlap 10: error {error * 255:.3f}/255, reported {reported:.3f}/255")
             session.close()
         first = engines[0]
         for engine in engines[1:]:

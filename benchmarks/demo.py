@@ -40,15 +40,16 @@ def drawing() -> str:
     )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 200 150">
     <defs>
-      <linearGradient id="sky" x2="0" y2="1"><stop stop-color="#1f2f63"/><stop offset="1" stop-color="#f2a65e"/>
-      </linearGradient>
-      <linearGradient id="sea" x2="0" y2="1"><stop stop-color="#5b9db5"/><stop offset="1" stop-color="#10384f"/>
-      </linearGradient>
+      <linearGradient id="sky" x2="0" y2="1">
+        <stop stop-color="#1f2f63"/><stop offset="1" stop-color="#f2a65e"/></linearGradient>
+      <linearGradient id="sea" x2="0" y2="1">
+        <stop stop-color="#5b9db5"/><stop offset="1" stop-color="#10384f"/></linearGradient>
       <clipPath id="hill"><path d="M0 95 C 20 60 45 50 60 70 S 90 88 110 95 Z"/></clipPath>
     </defs>
     <rect width="200" height="96" fill="url(#sky)"/>{stars}{rays}
     <circle cx="150" cy="38" r="15" fill="#ffdf80"/>
-    <path d="M0 95 C 20 60 45 50 60 70 S 90 88 110 95 Z" fill="#3f6a5a"/><g clip-path="url(#hill)">{hatching}</g>
+    <path d="M0 95 C 20 60 45 50 60 70 S 90 88 110 95 Z" fill="#3f6a5a"/>
+    <g clip-path="url(#hill)">{hatching}</g>
     <rect y="95" width="200" height="55" fill="url(#sea)"/>{waves}
     <path d="M112 118 h46 l-9 13 h-29 z" fill="#7a2f24" stroke="#2b120e" stroke-width="0.8"/>
     <line x1="134" y1="118" x2="134" y2="60" stroke="#2b120e" stroke-width="1.4"/>

@@ -17,17 +17,8 @@ from PIL import Image
 
 FIELDS = {
     *("status", "error", "input", "output", "width", "height", "scale", "backend", "device", "precision"),
-    *(
-        "method",
-        "tile",
-        "overlap",
-        "exact",
-        "max_error",
-        "compiles",
-        "engine_seconds",
-        "seconds",
-        "fallbacks",
-    ),
+    *("method", "tile", "overlap", "exact", "max_error", "compiles", "engine_seconds", "seconds"),
+    "fallbacks",
 }
 
 

@@ -82,10 +82,14 @@ class Backend(ABC):
         """The engine's version."""
 
     @abstractmethod
-    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
-        """Compile for exactly these input shapes, or for any (None).
+    def check(self, options: EngineOptions) -> None:
+        """Raise `OptionError` for a precision or device that the engine or this processor has not."""
 
-        Raises `OptionError` for a precision or device that the engine or this processor has not.
+    @abstractmethod
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+        """Compile for exactly these input shapes, or for any (None). `options` have passed `check`.
+
+        Raises `ModelLoadError` for data the engine cannot read, and whatever it raises for anything else.
         """
 
     def metadata(self, model: Model) -> dict[str, str]:

@@ -34,11 +34,13 @@ class OnnxRuntimeBackend(Backend):
     def version(self) -> str:
         return str(self._ort.__version__)
 
-    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+    def check(self, options: EngineOptions) -> None:
         if options.precision != "f32":
             raise OptionError(f"onnxruntime runs f32 on the CPU, not {options.precision}")
         if options.device != "cpu":
             raise OptionError(f"onnxruntime runs on the cpu here, not on '{options.device}'")
+
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         settings = self._settings()
         settings.intra_op_num_threads = options.threads or 0
         # A spinning pool starves every other engine and worker of the process.

@@ -35,7 +35,7 @@ class OpenVINOBackend(Backend):
     def version(self) -> str:
         return str(self._ov.__version__)
 
-    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+    def check(self, options: EngineOptions) -> None:
         device = options.device.upper()
         if device not in self._core.available_devices:
             found = ", ".join(self._core.available_devices).lower()
@@ -46,6 +46,9 @@ class OpenVINOBackend(Backend):
             device, "OPTIMIZATION_CAPABILITIES"
         ):
             raise OptionError("this processor has no bf16 arithmetic; use f32")
+
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+        device = options.device.upper()
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": options.precision,  # left unset it is bf16, silently
             "PERFORMANCE_HINT": "LATENCY",

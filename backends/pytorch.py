@@ -26,7 +26,7 @@ class TorchBackend(Backend):
     def version(self) -> str:
         return str(self._torch.__version__)
 
-    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+    def check(self, options: EngineOptions) -> None:
         torch = self._torch
         if options.precision not in self.precisions:
             raise OptionError(f"torch runs {' or '.join(self.precisions)}, not {options.precision}")
@@ -38,9 +38,11 @@ class TorchBackend(Backend):
             raise OptionError(f"device '{options.device}' is not available to torch here")
         if options.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16(torch):
             raise OptionError("this processor has no bf16 arithmetic; use f32")
+
+    def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         if model.spec is None:
             raise ModelLoadError("torch needs a module with its contract")
-        return _Program(torch, model, device, options)
+        return _Program(self._torch, model, self._torch.device(options.device), options)
 
 
 def _cpu_has_bf16(torch: Any) -> bool:

@@ -122,7 +122,7 @@ def upscale(
     if not single:
         _make_folder(output)
     cancel = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: cancel.set())
+    signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     failures: list[AnysizeError] = []
     with ExitStack() as stack:
         bar = stack.enter_context(_bar()) if err.is_terminal and not as_json else None
@@ -146,6 +146,13 @@ def upscale(
     if not failures:
         return OK
     return max(map(_code, failures)) if len(failures) == len(jobs) == 1 else FAILED
+
+
+def _interrupt(cancel: threading.Event) -> None:
+    """Stop before the next tile; a second time at once."""
+    if cancel.is_set():
+        raise KeyboardInterrupt
+    cancel.set()
 
 
 def _literal(method: str) -> Literal["auto", "tile", "whole"]:

@@ -35,7 +35,7 @@ class Stats:
 
     calls: int = 0
     compiles: int = 0
-    hits: int = 0
+    cache_hits: int = 0
     evictions: int = 0
     discarded: int = 0
     compile_seconds: float = 0.0
@@ -72,6 +72,7 @@ class ShapeGuard:
             raise OptionError(f"shapes must be auto, static or dynamic, not {strategy!r}")
         if max_live < 1:
             raise OptionError(f"max_live must be at least 1, not {max_live}")
+        backend.check(options)
         self.backend, self.model, self.spec, self.options = backend, model, model.spec, options
         self._strategy, self._max_live = strategy, max_live
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
@@ -161,7 +162,7 @@ class ShapeGuard:
                     retired.append(self._programs.pop(oldest))
                     self._stats.evictions += 1
             else:
-                self._stats.hits += 1
+                self._stats.cache_hits += 1
                 self._programs.move_to_end(key)
             program.users += 1
         for old in retired:

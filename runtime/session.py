@@ -130,7 +130,7 @@ class Session:
         total = self._guards[0].stats()
         for guard in self._guards[1:]:
             stats = guard.stats()
-            for name in ("calls", "compiles", "hits", "evictions", "discarded", "live"):
+            for name in ("calls", "compiles", "cache_hits", "evictions", "discarded", "live"):
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
             total.compile_seconds += stats.compile_seconds
             total.run_seconds += stats.run_seconds

@@ -174,7 +174,8 @@ def _from_graph(path: Path, form: str, backend: Backend) -> Model:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from error
     if not data:
         raise ModelLoadError(f"{path}: the file is empty")
-    alone = form == "onnx" and not list(path.parent.glob(f"{path.stem}*.data"))
+    # A file with external data says where under this key; engines resolve that from the path.
+    alone = form == "onnx" and b"location" not in data
     model = Model(form, data if alone else path)
     try:
         text = backend.metadata(model).get(SPEC_KEY)

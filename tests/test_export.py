@@ -254,3 +254,14 @@ def test_exporters_name_no_architecture() -> None:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):
                 assert not (node.module or "").startswith("anysize.models")
+
+
+@pytest.mark.parametrize(
+    ("mode", "tileable"), [("zeros", True), ("reflect", True), ("replicate", True), ("circular", False)]
+)
+def test_padding_modes(mode: str, tileable: bool) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 5, padding=2, padding_mode=mode), nn.Conv2d(4, 3, 3, padding=1, padding_mode=mode)
+    )
+    spec = anysize.load(module, backend="torch").spec
+    assert (spec.tileable, spec.radius) == (tileable, 3 if tileable else None)

@@ -46,7 +46,7 @@ def test_static_evicts_the_least_recently_used() -> None:
         session(x(size, size))
     assert [s["x"][2] for s in backend.compiled] == [4, 5, 6, 5]
     stats = session.stats
-    assert (stats.calls, stats.compiles, stats.hits, stats.evictions, stats.live) == (6, 4, 2, 2, 2)
+    assert (stats.calls, stats.compiles, stats.cache_hits, stats.evictions, stats.live) == (6, 4, 2, 2, 2)
 
 
 def test_dynamic_compiles_once() -> None:

@@ -176,6 +176,9 @@ class NumpyBackend(Backend):
         self.compiled: list[Shapes | None] = []
         self.closed = 0
 
+    def check(self, options: EngineOptions) -> None:
+        pass
+
     def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         self.compiled.append(shapes)
         return NumpyProgram(self, model.data)
@@ -229,6 +232,9 @@ class Faulty(Backend):
 
     def metadata(self, model: Model) -> dict[str, str]:
         return self.inner.metadata(model)
+
+    def check(self, options: EngineOptions) -> None:
+        self.inner.check(options)
 
     def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         return FaultyProgram(self, self.inner.compile(model, shapes, options))

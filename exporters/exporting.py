@@ -25,7 +25,8 @@ from anysize.backends import (
 )
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
-from anysize.exporters.probing import Run, Templates, clip, probe
+from anysize.exporters.probing import Templates, clip, probe
+from anysize.exporters.radius import Run
 
 OPSET = 18
 #: engines must agree with eager f32 within this times max(1, max|reference|)

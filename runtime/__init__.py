@@ -41,9 +41,10 @@ if TYPE_CHECKING:
     from anysize.batch import upscale_file
     from anysize.guard import Stats
     from anysize.parity import ParityReport, compare
+    from anysize.report import Report
     from anysize.session import Options, Session, load
     from anysize.tiling import Tiling
-    from anysize.upscale import Report, Upscaler
+    from anysize.upscale import Upscaler
 
 #: where each public name lives, for loading it on first use
 _HOMES = {
@@ -57,9 +58,10 @@ _HOMES = {
     "batch": "upscale_file",
     "guard": "Stats",
     "parity": "ParityReport compare",
+    "report": "Report",
     "session": "Options Session load",
     "tiling": "Tiling",
-    "upscale": "Report Upscaler",
+    "upscale": "Upscaler",
 }
 _HOME_OF = {name: f"anysize.{home}" for home, names in _HOMES.items() for name in names.split()}
 _ROOMS = ("backends", "exporters", "models")

@@ -12,10 +12,11 @@ from anysize.backends import Backend
 from anysize.backends.errors import AnysizeError, Cancelled, ImageError
 from anysize.files import READABLE, check_destination, read_picture, write_picture
 from anysize.guard import log
+from anysize.report import Report
 from anysize.session import Session
 from anysize.sources import Source
 from anysize.tiling import Tiling
-from anysize.upscale import Cancel, Progress, Report, Upscaler
+from anysize.upscale import Cancel, Progress, Upscaler
 
 PathLike = str | os.PathLike[str]
 

@@ -6,15 +6,16 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from anysize.backends import Backend, ModelSpec
 from anysize.backends.base import Array
 from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
-from anysize.exporters.probing import image_step
+from anysize.exporters.radius import image_step
 from anysize.pixels import Picture, constant_runs, open_picture, quantise, resize, split
+from anysize.report import Report
 from anysize.session import Options, Session, load
 from anysize.sources import Source
 from anysize.tiling import Grid, Tiling, grid, measured_error, round_up, run_grid
@@ -33,43 +34,6 @@ _UNKNOWN_REACH = 256
 Progress = Callable[[int, int], Any]
 #: a flag such as `threading.Event`, or a function that says whether to stop
 Cancel = threading.Event | Callable[[], bool]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What ran for one picture.
-
-    `width`, `height`: of the result, in pixels. `scale`: result over input; `model_scale`: the model's own
-    (a different `scale` is a Lanczos resize of its result). `tile`, `overlap`: input pixels, None where
-    the picture ran whole. `exact`: the result is that of the whole picture run at once. `max_error`: where
-    it is not, the largest difference measured on this picture, in 0..1. `compiles`, `fallbacks`: of the
-    session during this call.
-    """
-
-    status: str = "ok"
-    error: str | None = None
-    input: str | None = None
-    output: str | None = None
-    width: int | None = None
-    height: int | None = None
-    scale: float | None = None
-    model_scale: int | None = None
-    backend: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    method: str | None = None
-    tile: int | None = None
-    overlap: int | None = None
-    exact: bool | None = None
-    max_error: float | None = None
-    compiles: int = 0
-    engine_seconds: float = 0.0
-    seconds: float = 0.0
-    fallbacks: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

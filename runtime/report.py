@@ -1,0 +1,43 @@
+"""What ran for one picture, as callers, the log and `--json` see it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ran for one picture.
+
+    `width`, `height`: of the result, in pixels. `scale`: result over input; `model_scale`: the model's own
+    (a different `scale` is a Lanczos resize of its result). `tile`, `overlap`: input pixels, None where
+    the picture ran whole. `exact`: the result is that of the whole picture run at once. `max_error`: where
+    it is not, the largest difference measured on this picture, in 0..1. `compiles`, `fallbacks`: of the
+    session during this call.
+    """
+
+    status: str = "ok"
+    error: str | None = None
+    input: str | None = None
+    output: str | None = None
+    width: int | None = None
+    height: int | None = None
+    scale: float | None = None
+    model_scale: int | None = None
+    backend: str | None = None
+    device: str | None = None
+    precision: str | None = None
+    method: str | None = None
+    tile: int | None = None
+    overlap: int | None = None
+    exact: bool | None = None
+    max_error: float | None = None
+    compiles: int = 0
+    engine_seconds: float = 0.0
+    seconds: float = 0.0
+    fallbacks: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return asdict(self)

@@ -75,6 +75,8 @@ class Backend(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     #: True if a program compiled for fixed shapes runs better than one for any shape
     prefers_static: ClassVar[bool] = False
+    #: True if NaN passes its ReLU and clip, so that a pixel's reach can be traced by it
+    propagates_nan: ClassVar[bool] = False
 
     @property
     @abstractmethod

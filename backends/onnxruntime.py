@@ -24,6 +24,7 @@ _DTYPES = {
 class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     formats = ("onnx",)
+    propagates_nan = True
 
     def __init__(self) -> None:
         import onnxruntime

@@ -15,6 +15,7 @@ from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import SPEC_KEY
 
 _REMEMBERED_SHAPES = 1024
+_TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
 
 
 class OpenVINOBackend(Backend):
@@ -129,5 +130,10 @@ class _Program(Executable):
 
 
 def _port(port: Any) -> Port:
+    kind = port.get_element_type().get_type_name()
+    if kind not in _TYPES:  # to_dtype gives bf16 as float16, and ends the process for strings
+        raise ModelLoadError(f"tensor '{port.get_any_name()}' has type {kind}, which is not supported")
+    if port.get_partial_shape().rank.is_dynamic:
+        raise ModelLoadError(f"tensor '{port.get_any_name()}' has no fixed number of axes")
     shape = tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
     return Port(port.get_any_name(), np.dtype(port.get_element_type().to_dtype()), shape)

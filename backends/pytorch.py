@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ class TorchBackend(Backend):
     name = "torch"
     formats = ("module",)
     precisions = ("f32", "bf16")
+    propagates_nan = True
 
     def __init__(self) -> None:
         import torch
@@ -57,10 +59,12 @@ class _Program(Executable):
         self._spec = model.spec
         self.inputs, self.outputs = _ports(model.spec.inputs), _ports(model.spec.outputs)
         self.precision, self.device = options.precision, str(device)
+        # A module may keep things on itself during a call. One call uses all cores anyway.
+        self._lock = threading.Lock()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         torch = self._torch
-        with ExitStack() as stack:
+        with self._lock, ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(_threads(torch, self._options.threads))
             # A host's own autocast must not change what runs here, so it is set either way.

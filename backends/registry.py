@@ -61,7 +61,9 @@ def get_backend(name: str) -> Backend:
     """
     try:
         return _backend_class(name)()
-    except (ImportError, OSError, AttributeError) as error:
+    except BackendNotFoundError:
+        raise
+    except Exception as error:  # a broken engine or plugin fails in its own way
         raise BackendUnavailableError(
             f"backend '{name}' cannot be used: {error}; install it with: {install_line(name)}", name=name
         ) from error

@@ -17,6 +17,7 @@ from anysize.backends.errors import ModelLoadError, ShapeError
 
 SPEC_KEY = "anysize.spec"
 _VERSION = 1
+_LARGEST = 2**31  # no size or factor of a contract reaches this
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,24 @@ class ModelSpec:
         if len(ins) != 4 or len(outs) != 4:
             return None
         factors = set()
-        for size, out in zip(ins[2:], outs[2:], strict=True):
-            if isinstance(size, int) and isinstance(out, int) and out % size == 0:
-                factors.add(out // size)
-            elif isinstance(out, Rule) and not out.add and out.mul % out.div == 0 and out.pre < out.div:
-                factors.add(out.mul // out.div)
-            else:
+        for axis in (0, 2, 3):
+            size, out = ins[axis], outs[axis]
+            if isinstance(size, int) and isinstance(out, int) and size and out % size == 0:
+                factor = out // size
+            elif (
+                not isinstance(out, Rule)
+                or isinstance(size, int)
+                or out.dim != (size.name if isinstance(size, Dim) else size.dim)
+                or out.add
+                or out.mul % out.div
+            ):
                 return None
-        return factors.pop() if len(factors) == 1 else None
+            else:
+                factor = out.mul // out.div if out.pre < out.div else 0
+            if axis == 0 and factor != 1:
+                return None
+            factors |= {factor} if axis else set()
+        return factors.pop() if len(factors) == 1 and min(factors) > 0 else None
 
     def bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Check the shapes of all inputs; return the size of every free axis. Raises `ShapeError`."""
@@ -220,7 +231,7 @@ class ModelSpec:
             spec = cls(**data)
             if not spec.inputs or not spec.outputs or not low < high:
                 raise ValueError("no inputs, no outputs, or an empty value range")
-            if spec.radius is not None and not (isinstance(spec.radius, int) and spec.radius >= 0):
+            if spec.radius is not None and not (type(spec.radius) is int and 0 <= spec.radius < _LARGEST):
                 raise ValueError(f"radius {spec.radius!r}")
             if not isinstance(spec.tileable, bool):
                 raise ValueError(f"tileable {spec.tileable!r}")
@@ -228,7 +239,7 @@ class ModelSpec:
             if unknown := rules - set(spec.dims):
                 raise ValueError(f"rules on unknown dimensions {sorted(unknown)}")
             return spec
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ModelLoadError(f"the model's embedded contract is damaged: {error}") from error
 
 
@@ -240,10 +251,15 @@ def _resolve(shape: tuple[Size, ...], sizes: Mapping[str, int]) -> tuple[int, ..
 
 def _tensor(data: Mapping[str, Any]) -> TensorSpec:
     def size(value: Any) -> Size:
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        if type(value) is int and 0 < value < _LARGEST:
             return value
         ((kind, fields),) = value.items()
-        if not all(v is None or isinstance(v, (int, str)) for v in fields.values()):
+        names = {k: v for k, v in fields.items() if k in ("name", "dim")}
+        numbers = {k: v for k, v in fields.items() if k not in names and not (k == "max" and v is None)}
+        signed = numbers.pop("add", 0)
+        if not all(type(v) is str for v in names.values()) or type(signed) is not int:
+            raise ValueError(f"size {value!r}")
+        if not all(type(v) is int and 0 <= v < _LARGEST for v in (abs(signed), *numbers.values())):
             raise ValueError(f"size {value!r}")
         kinds: dict[str, type[Dim] | type[Rule]] = {"Dim": Dim, "Rule": Rule}
         return kinds[kind](**fields)

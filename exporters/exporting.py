@@ -62,34 +62,50 @@ def export(
     path = Path(path)
     if path.suffix not in (".onnx", ".xml"):
         raise OptionError(f"{path}: the suffix must be .onnx or .xml")
+    folder = _existing_folder(path)
     templates, example = input_templates(module, inputs)
     module = private_copy(module)
     spec = probe_module(module, templates, example=example, value_range=value_range)
     spec = replace(spec, source_sha256=source_sha256)
-    with tempfile.TemporaryDirectory(prefix=".anysize-", dir=_existing_folder(path)) as folder:
-        file = Path(folder) / path.name
+    with _temporary_folder(folder) as temporary:
+        file = temporary / path.name
         model = to_onnx(module, spec, file.with_suffix(".onnx"))
         if path.suffix == ".xml":
             model = _to_openvino(model, file)
         takers = [get_backend(n) for n in available_backends()]
         verify(module, model, [b for b in takers if model.format in b.formats])
-        for made in sorted(Path(folder).iterdir(), key=lambda f: f.suffix == path.suffix):
+        for made in sorted(temporary.iterdir(), key=lambda f: f.suffix == path.suffix):
             if path.suffix == ".onnx" or made.suffix in (".bin", ".xml"):
                 os.replace(made, path.parent / made.name)  # the named file comes last
     return path
 
 
 def _existing_folder(path: Path) -> Path:
+    if path.is_dir():
+        raise OptionError(f"{path}: is a folder, not a file name")
     if not path.parent.is_dir():
         raise OptionError(f"{path}: the folder does not exist")
     return path.parent
+
+
+@contextlib.contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".anysize-", dir=parent)
+    except OSError as error:
+        raise OptionError(f"{parent}: cannot be written to: {error.strerror}") from error
+    with made as folder:
+        yield Path(folder)
 
 
 def private_copy(module: Any) -> Any:
     """A copy in f32 and eval mode that the caller's further use of the module cannot change."""
     import copy
 
-    return copy.deepcopy(module).float().eval().requires_grad_(False)
+    try:
+        return copy.deepcopy(module).float().eval().requires_grad_(False)
+    except Exception as error:  # locks, cached tensors, compiled modules: whatever the module holds
+        raise ExportError(f"{type(module).__name__} cannot be copied: {error}") from error
 
 
 def input_templates(
@@ -135,9 +151,9 @@ def eager(module: Any, names: Sequence[str]) -> Run:
     def run(feeds: Feeds) -> dict[str, Array]:
         with torch.inference_mode():
             results = flatten_outputs(module(*(torch.from_numpy(np.array(feeds[n])) for n in names)))
+        base = "output" if "output" not in names else "result"
         return {
-            "output" if i == 0 else f"output_{i}": np.array(r.numpy(), order="C")
-            for i, r in enumerate(results)
+            base if i == 0 else f"{base}_{i}": np.array(r.numpy(), order="C") for i, r in enumerate(results)
         }
 
     return run

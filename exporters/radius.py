@@ -10,22 +10,29 @@ from anysize.backends.base import Array, Feeds
 from anysize.backends.spec import Dim, ModelSpec, Rule
 
 Run = Callable[[Feeds], dict[str, Array]]
-_LONGEST = 2048  # of the strips that measure the radius
+
+# A square shows reaches up to half of it, in all directions. Longer ones show in strips, whose width only
+# has to be enough for reaches that are not straight.
+_SQUARE = 96
+_LONG = (256, 1024, 2048)
+_ACROSS = 16
 
 
 def measure_radius(run: Run, spec: ModelSpec, rng: np.random.Generator) -> int | None:
     """The receptive radius in input pixels, or None if unbounded or the model is not shift-invariant.
 
-    A row (then a column) of NaN spreads through every operator that reads it, whatever the weights, so
-    the rows that come out different are the structural reach, not the one that rounding hides. Some
-    engines swallow NaN in ReLU: huge values of both signs are tried too, and the union counts.
-    The result is then checked: a tile with that halo must equal the whole.
+    A pixel of NaN spreads through every operator that reads it, whatever the weights, so the pixels that
+    come out different are the structural reach, not the one that rounding hides. Modules may catch NaN,
+    so huge values of both signs are tried too, and the union counts.
+    The result is then checked: tiles with that halo must equal the whole, wherever they lie.
     """
-    radii = [_axis_radius(run, spec, axis, rng) for axis in (2, 3)]
-    if any(r is None for r in radii):
+    if any(t.dtype.kind != "f" for t in (*spec.inputs, *spec.outputs)):
         return None
-    radius = max(r for r in radii if r is not None)
-    if all(_tile_equals_whole(run, spec, axis, radius, rng) for axis in (2, 3)):
+    if not all(isinstance(size, Dim) for size in spec.inputs[0].shape[2:]):
+        return None  # a fixed size cannot be cut; tied axes leave no free rectangle
+    probe = _Reach(run, spec, rng)
+    radius = probe.radius()
+    if radius is not None and all(probe.tiles_equal_whole(axis, radius) for axis in (2, 3)):
         return radius
     return None
 
@@ -37,79 +44,104 @@ def image_step(spec: ModelSpec, axis: int) -> int:
     return math.lcm(multiple, out.div if isinstance(out, Rule) else 1)
 
 
-def _strip(spec: ModelSpec, axis: int, length: int, rng: np.random.Generator) -> Array | None:
-    """A random input, `length` or a little more along `axis` and as thin as allowed across."""
-    shape = []
-    for i, size in enumerate(spec.inputs[0].shape):
-        if isinstance(size, Rule):
-            return None  # tied axes: the strip cannot be thin, nor a tile a free rectangle
-        step = image_step(spec, i) if i >= 2 else 1
-        wanted = length if i == axis else 1
-        got = size if isinstance(size, int) else size.ceil(step * math.ceil(max(wanted, size.min) / step))
-        if isinstance(size, Dim) and not size.allows(got):
-            return None
-        shape.append(got)
-    if shape[axis] < length:
-        return None
-    low, high = spec.value_range
-    return (low + (high - low) * rng.random(shape)).astype(spec.inputs[0].dtype)
+class _Reach:
+    def __init__(self, run: Run, spec: ModelSpec, rng: np.random.Generator) -> None:
+        self.name, self.out, self.scale = spec.inputs[0].name, spec.outputs[0].name, spec.scale or 1
+        self.engine, self.spec, self.rng = run, spec, rng
+        self.values: tuple[float, ...] = (np.nan, 1e30, -1e30)
 
+    def run(self, x: Array) -> Array:
+        return self.engine({self.name: x})[self.out]
 
-def _axis_radius(run: Run, spec: ModelSpec, axis: int, rng: np.random.Generator) -> int | None:
-    name, out, scale = spec.inputs[0].name, spec.outputs[0].name, spec.scale or 1
-    length = 64
-    while length <= _LONGEST:
-        x = _strip(spec, axis, length, rng)
-        if x is None:
+    def image(self, height: int, width: int) -> Array | None:
+        """A random input of at least this size, or None where the contract stops below it."""
+        shape = []
+        for axis, (size, wanted) in enumerate(
+            zip(self.spec.inputs[0].shape, (1, 0, height, width), strict=True)
+        ):
+            if isinstance(size, int):
+                shape.append(size)
+                continue
+            assert isinstance(size, Dim)
+            step = image_step(self.spec, axis) if axis >= 2 else 1
+            got = step * math.ceil(max(wanted, size.min) / step)
+            if not size.allows(got):
+                return None
+            shape.append(got)
+        low, high = self.spec.value_range
+        return (low + (high - low) * self.rng.random(shape)).astype(self.spec.inputs[0].dtype)
+
+    def radius(self) -> int | None:
+        square = self.image(_SQUARE, _SQUARE)
+        if square is None:
             return None
-        length = x.shape[axis]
-        middle = length // 2
-        plain = run({name: x})[out]
-        reach: int | None = 0
-        for at in range(middle, middle + image_step(spec, axis)):
-            changed = np.zeros(plain.shape[axis], bool)
-            for value in (np.nan, 1e30, -1e30):
+        radii = self.reach(square, (2, 3))
+        for axis in (2, 3):
+            for length in _LONG:
+                if radii[axis] is not None:
+                    break
+                strip = self.image(*((length, _ACROSS) if axis == 2 else (_ACROSS, length)))
+                if strip is None:
+                    return None
+                radii |= self.reach(strip, (axis,))
+        found = [r for r in radii.values() if r is not None]
+        return max(found) if len(found) == 2 and min(found) >= 0 else None
+
+    def reach(self, x: Array, axes: tuple[int, ...]) -> dict[int, int | None]:
+        """How far a poked pixel shows along each axis; None: up to the border of `x`; -1: not at all.
+
+        Strips are poked across, at every phase of the model's grid.
+        """
+        plain = self.run(x)
+        result: dict[int, int | None] = dict.fromkeys(axes, 0)
+        nan_was_enough = True
+        for phase in range(max(image_step(self.spec, axis) for axis in axes)):
+            at = {a: x.shape[a] // 2 + phase % image_step(self.spec, a) for a in axes}
+            where = tuple(at.get(axis, slice(None)) for axis in range(4))
+            changed = np.zeros(plain.shape, bool)
+            for value in self.values:
                 poked = x.copy()
-                poked[(slice(None),) * axis + (at,)] = value
-                different = run({name: poked})[out] != plain  # NaN differs from everything
-                changed |= different.any(axis=tuple(i for i in range(4) if i != axis))
-            rows = np.flatnonzero(changed)
-            if not rows.size:
-                return None  # the model ignores this pixel, or the engine hid it: nothing is known
-            first, last = int(rows[0]) // scale, int(rows[-1]) // scale
-            if first == 0 or last == length - 1:
-                reach = None  # may go on beyond the strip
-                break
-            reach = max(reach or 0, at - first, last - at)
-        if reach is not None:
-            return reach
-        length *= 2
-    return None
+                poked[where] = value
+                different = self.run(poked) != plain  # NaN differs from everything
+                nan_was_enough &= bool(np.isnan(value) or not (different & ~changed).any())
+                changed |= different
+            for axis in axes:
+                lines = np.flatnonzero(changed.any(axis=tuple(i for i in range(4) if i != axis)))
+                if not lines.size:
+                    return dict.fromkeys(axes, -1)  # ignored, or caught: nothing is known
+                first, last = int(lines[0]) // self.scale, int(lines[-1]) // self.scale
+                before = result[axis]
+                if before is None or first == 0 or last == x.shape[axis] - 1:
+                    result[axis] = None
+                else:
+                    result[axis] = max(before, at[axis] - first, last - at[axis])
+        if nan_was_enough:
+            self.values = (np.nan,)
+        return result
 
+    def tiles_equal_whole(self, axis: int, radius: int) -> bool:
+        """Whether tiles at both ends and at several places between give the whole picture's pixels.
 
-def _tile_equals_whole(run: Run, spec: ModelSpec, axis: int, radius: int, rng: np.random.Generator) -> bool:
-    """Whether tiles at both ends and in the middle of a strip give the whole strip's pixels.
-
-    The middle tells absolute positions, the ends padding that looks at the other side of the picture.
-    """
-    name, out, scale = spec.inputs[0].name, spec.outputs[0].name, spec.scale or 1
-    step = image_step(spec, axis)
-    halo = step * math.ceil(radius / step)
-    tile = _strip(spec, axis, 2 * halo + step * math.ceil(16 / step), rng)
-    if tile is None:
-        return False
-    extent = tile.shape[axis]
-    whole = _strip(spec, axis, 2 * extent + step * math.ceil(7 / step), rng)
-    if whole is None:
-        return False
-    length = whole.shape[axis]
-    want = run({name: whole})[out]
-    limit = 1e-4 * max(1.0, float(np.abs(want).max()))
-    for start in (0, step * math.ceil(extent / 2 / step), length - extent):
-        first = start + halo if start else 0
-        last = start + extent - (halo if start + extent < length else 0)
-        got = run({name: whole.take(range(start, start + extent), axis)})[out]
-        got = got.take(range((first - start) * scale, (last - start) * scale), axis)
-        if not np.abs(got - want.take(range(first * scale, last * scale), axis)).max() <= limit:
+        The places tell absolute positions and hidden grids, the ends padding that looks at the other side.
+        """
+        step = image_step(self.spec, axis)
+        halo = step * math.ceil(radius / step)
+        long = 2 * halo + step * math.ceil(16 / step)
+        near = 2 * radius < _SQUARE
+        across = _SQUARE // 2 if near else _ACROSS // 2
+        whole = self.image(*((2 * long + 8 * step, across) if axis == 2 else (across, 2 * long + 8 * step)))
+        if whole is None:
             return False
-    return True
+        length = whole.shape[axis]
+        want = self.run(whole)
+        limit = 1e-4 * max(1.0, float(np.abs(want).max()))
+        middle = step * math.ceil(long / 2 / step)
+        places = [middle + step * k for k in ((0, 1, 2, 3, 5, 8) if near else (0, 1))]
+        for start in (0, *places, length - long):
+            first = start + halo if start else 0
+            last = start + long - (halo if start + long < length else 0)
+            got = self.run(np.ascontiguousarray(whole.take(range(start, start + long), axis)))
+            got = got.take(range((first - start) * self.scale, (last - start) * self.scale), axis)
+            if not np.abs(got - want.take(range(first * self.scale, last * self.scale), axis)).max() <= limit:
+                return False
+        return True

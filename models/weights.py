@@ -45,11 +45,13 @@ def load_weights(path: Path) -> Weights:
             f'{path.suffix} weights need torch: pip install "anysize[torch]"', name="torch"
         ) from error
     state = _state_dict(_read(path), path)
+    module = None
     for recognise in (_compact, _rrdbnet):
-        module = recognise(state, path)
-        if module is not None:
-            break
-    else:
+        try:
+            module = module or recognise(state, path)
+        except (ZeroDivisionError, ValueError, RuntimeError) as error:
+            raise ModelLoadError(f"{path}: {_describe(state)} has impossible sizes: {error}") from error
+    if module is None:
         raise ModelLoadError(f"{path}: {_describe(state)} is neither RRDBNet nor SRVGGNetCompact")
     try:
         module.load_state_dict(_rename(state, type(module).__name__), strict=True)
@@ -111,8 +113,8 @@ def _is_conv3(tensor: Any) -> bool:
 
 
 def _compact(state: StateDict, path: Path) -> Any | None:
-    indices = [int(m[1]) for k in state if (m := re.fullmatch(r"body\.(\d+)\.weight", k))]
-    if len(indices) < 2 or any(not k.startswith("body.") for k in state):
+    indices = [int(m[1]) for k in state if (m := re.fullmatch(r"body\.(\d{1,4})\.weight", k))]
+    if len(indices) < 2 or any(not k.startswith("body.") for k in state) or max(indices) > 4 * len(indices):
         return None
     first, last = state.get("body.0.weight"), state[f"body.{max(indices)}.weight"]
     if first is None or not (_is_conv3(first) and _is_conv3(last)):
@@ -173,7 +175,7 @@ def _rrdbnet(state: StateDict, path: Path) -> Any | None:
     out_channels, in_channels = last.shape[0], first.shape[1]
     # x2 and x1 models of Real-ESRGAN fold 2x2 or 4x4 input pixels into channels first
     unshuffle = {4 * out_channels: 2, 16 * out_channels: 4}.get(in_channels, 1)
-    blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"body\.(\d+)\.rdb1\.conv1\.weight", k)))
+    blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"body\.(\d{1,4})\.rdb1\.conv1\.weight", k)))
     return RRDBNet(
         in_channels=in_channels // unshuffle**2,
         out_channels=out_channels,

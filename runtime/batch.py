@@ -102,11 +102,16 @@ def run_jobs(
 ) -> Iterator[tuple[Report, AnysizeError | None]]:
     """Do the jobs in order, yielding each one's report and error; only cancellation ends the batch."""
     taken: dict[Path, Path] = {}
+    sources = {job.src.resolve(): job.src for job in jobs}
     for job in jobs:
         error: AnysizeError
         try:
             if job.dst in taken:
                 raise ImageError(f"{job.dst}: already holds the result of {taken[job.dst]} from this run")
+            if job.dst.resolve() in sources:
+                raise ImageError(
+                    f"{job.dst}: would overwrite {sources[job.dst.resolve()]}, an input of this run"
+                )
             report = upscale_file(
                 job.src,
                 job.dst,

@@ -62,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     except AnysizeError as error:
         code = _code(error)
         _complain(error, debug)
+    except (OSError, UnicodeError) as error:
+        code = USAGE
+        _complain(error, debug)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
         err.print("interrupted")
@@ -74,7 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         else:
             code = FAILED
-            err.print(f"internal error: {type(error).__name__}: {error}; --debug shows more", markup=False)
+            text = f"internal error: {type(error).__name__}: {error}; --debug shows more"
+            err.print(text, markup=False, soft_wrap=True)
     sys.exit(code or OK)
 
 
@@ -84,7 +88,7 @@ def _code(error: AnysizeError) -> int:
     return FAILED if isinstance(error, _FAULTS) else USAGE
 
 
-def _complain(error: AnysizeError, debug: bool) -> None:
+def _complain(error: Exception, debug: bool) -> None:
     if debug:
         err.print_exception()
     err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -93,7 +97,9 @@ def _complain(error: AnysizeError, debug: bool) -> None:
 @app.command()
 def upscale(
     inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="Pictures or folders of pictures.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A file for one picture, else a folder.")],
+    output_name: Annotated[
+        str, typer.Option("--output", "-o", help="A file for one picture, else a folder.")
+    ],
     model: Model = "default",
     backend: BackendName = "auto",
     precision: Precision = "f32",
@@ -110,8 +116,12 @@ def upscale(
     from anysize.batch import plan_jobs, run_jobs
     from anysize.session import Options
     from anysize.tiling import Tiling
-    from anysize.upscale import Upscaler
+    from anysize.upscale import Upscaler, check_outscale
 
+    if not output_name:
+        raise OptionError("--output is empty")
+    output = Path(output_name)
+    check_outscale(outscale)
     tiling = Tiling(_literal(method), tile, _overlap(overlap))
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
@@ -119,8 +129,7 @@ def upscale(
     upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output
-    if not single:
-        _make_folder(output)
+    made = [] if single else _make_folder(output)
     cancel = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     failures: list[AnysizeError] = []
@@ -141,6 +150,9 @@ def upscale(
                 _complain(error, debug)
             elif not as_json:
                 out.print(_summary(report), markup=False, highlight=False, soft_wrap=True)
+    for folder in made:  # deepest first; those that hold a result stay
+        if not any(folder.iterdir()):
+            folder.rmdir()
     if len(jobs) > 1:
         err.print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures done", highlight=False)
     if not failures:
@@ -168,11 +180,14 @@ def _overlap(text: str) -> Literal["exact"] | int:
         raise OptionError(f"--overlap must be 'exact' or a number of pixels, not '{text}'") from None
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path) -> list[Path]:
+    """Make the folder; return those that were missing, deepest first."""
     try:
+        missing = [f for f in (folder, *folder.parents) if not f.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImageError(f"{folder}: cannot be made: {error.strerror}") from error
+    return missing
 
 
 def _bar() -> Progress:

@@ -13,7 +13,7 @@ import numpy as np
 from anysize.backends.base import Array
 from anysize.backends.errors import ImageError
 
-READABLE = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif")
 #: suffix -> options of libvips' saver; JPEG at 4:4:4 because chroma was computed at full size
 WRITABLE: dict[str, dict[str, Any]] = {
     ".png": {},
@@ -45,9 +45,12 @@ def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
     """
     import pyvips
 
-    _check_file(path)
+    # From memory: libvips takes options from file names ("a.png[page=1]") and remembers pictures by name.
+    data = _bytes(path)
+    # libjpeg only warns about damaged data, and fills in; the other readers' warnings are harmless.
+    strict = "warning" if data.startswith(b"\xff\xd8") else "error"
     try:
-        image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated")
+        image = pyvips.Image.new_from_buffer(data, "", access="sequential", fail_on=strict, revalidate=True)
     except pyvips.Error as error:
         raise ImageError(f"{path}: not a readable picture: {_reason(error)}") from error
     if image.width * image.height > pixel_limit:
@@ -55,8 +58,10 @@ def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
             f"{path}: {image.width} x {image.height} pixels, more than the limit of {pixel_limit}"
         )
     pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-    if pages > 1:
-        raise ImageError(f"{path}: has {pages} pages or frames; only single pictures are supported")
+    animated = data.startswith(b"\x89PNG") and b"acTL" in data[: max(0, data.find(b"IDAT"))]
+    if pages > 1 or animated:
+        count = "several" if animated else pages
+        raise ImageError(f"{path}: has {count} pages or frames; only single pictures are supported")
     try:
         # turning needs random access, so the pixels are decoded first
         image = _as_rgb_or_grey(image, path).copy_memory().autorot()
@@ -67,18 +72,18 @@ def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
     return FilePicture(array, image)
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    if not path.is_file():
-        raise ImageError(f"{path}: not a file")
+def _bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size == 0:
-            raise ImageError(f"{path}: the file is empty")
-        with path.open("rb"):
-            pass
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{path}: not a file") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    if not data:
+        raise ImageError(f"{path}: the file is empty")
+    return data
 
 
 def _as_rgb_or_grey(image: Any, path: Path) -> Any:
@@ -98,7 +103,11 @@ def check_destination(path: Path, source: Path, *, has_alpha: bool | None = None
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
         raise ImageError(f"{path}: cannot write '{suffix}' files; use {', '.join(WRITABLE)}")
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name too long, a loop of links
+        raise ImageError(f"{path}: {error.strerror}") from error
+    if is_folder:
         raise ImageError(f"{path}: is a folder, not a file name")
     if not path.parent.is_dir():
         raise ImageError(f"{path}: the folder {path.parent} does not exist")
@@ -147,7 +156,7 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; moved onto it at the end, removed if anything goes wrong."""
-    temporary = path.with_name(f".{path.stem[:64]}-{os.urandom(6).hex()}{path.suffix}")
+    temporary = path.with_name(f".anysize-{os.urandom(8).hex()}{path.suffix}")
     try:
         yield temporary
         try:

@@ -34,7 +34,8 @@ def open_picture(image: Any) -> Picture:
         return _from_pil(image)
     if not isinstance(image, np.ndarray):
         raise ImageError(f"an image is a numpy array or a PIL image, not {type(image).__name__}")
-    array = image[:, :, None] if image.ndim == 2 else image
+    array = np.asarray(image)  # subclasses have ideas of their own about axes
+    array = array[:, :, None] if array.ndim == 2 else array
     check_array(array)
     return Picture(array, (lambda out: out[:, :, 0]) if image.ndim == 2 else (lambda out: out))
 
@@ -54,6 +55,10 @@ def check_array(array: Array) -> None:
 
 
 def _from_pil(image: Any) -> Picture:
+    try:
+        image.load()
+    except (OSError, ValueError) as error:  # truncated, or closed
+        raise ImageError(f"the PIL image cannot be read: {error}") from error
     keyed = "transparency" in image.info
     modes = {
         "1": "L",
@@ -71,6 +76,8 @@ def _from_pil(image: Any) -> Picture:
     }
     if image.mode not in (*modes, "LA", "RGBA", "F", "I;16", "I;16L", "I;16B", "I;16N"):
         raise ImageError(f"PIL mode {image.mode} says no depth; convert it to L, RGB, I;16 or F first")
+    if keyed and image.mode.startswith("I;16"):
+        raise ImageError("16-bit PIL images cannot hold keyed transparency; give an array with alpha")
     target = modes.get(image.mode, image.mode)
     if image.mode == "L" and keyed:  # PIL has no direct way
         converted = image.convert("RGBA").convert("LA")
@@ -84,6 +91,8 @@ def _from_pil(image: Any) -> Picture:
     from PIL import Image
 
     carried = {k: image.info[k] for k in ("icc_profile", "exif", "dpi") if k in image.info}
+    if image.mode in ("CMYK", "YCbCr", "HSV", "LAB"):
+        carried.pop("icc_profile", None)  # it describes the colours that were converted
 
     def restore(out: Array) -> Any:
         result = Image.fromarray(out[:, :, 0] if out.shape[2] == 1 else out)

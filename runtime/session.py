@@ -42,10 +42,14 @@ class Options:
     fallback: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads must be at least 1, not {self.threads}")
-        if isinstance(self.fallback, str):
-            raise OptionError("fallback must be a tuple of names, not one text")
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= 4096):
+            raise OptionError(f"threads must be at least 1 and a whole number, not {self.threads!r}")
+        if type(self.max_live) is not int or self.max_live < 1:
+            raise OptionError(f"max_live must be at least 1 and a whole number, not {self.max_live!r}")
+        if not isinstance(self.device, str):
+            raise OptionError(f"device must be a name, not {self.device!r}")
+        if not isinstance(self.fallback, (tuple, list)) or not all(isinstance(f, str) for f in self.fallback):
+            raise OptionError(f"fallback must be a tuple of names, not {self.fallback!r}")
 
 
 def load(
@@ -93,6 +97,8 @@ def load(
 def _options(options: Options | Mapping[str, Any] | None) -> Options:
     if isinstance(options, Options):
         return options
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"options must be an Options or a mapping, not {type(options).__name__}")
     known = [f.name for f in fields(Options)]
     unknown = [k for k in options or {} if k not in known]
     if unknown:
@@ -111,6 +117,7 @@ class Session:
         self._guards = guards
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
+        self._local = threading.local()
 
     @property
     def spec(self) -> ModelSpec:
@@ -146,18 +153,28 @@ class Session:
         Raises `ShapeError` before the engine runs, `ExecutionError` if it fails, `IntegrityError` if
         what it returns cannot be right.
         """
-        arrays = {name: np.asarray(value) for name, value in feeds.items()}
+        if not isinstance(feeds, Mapping):
+            raise OptionError(f"feeds are arrays by input name, not {type(feeds).__name__}")
+        arrays = {name: _array(name, value) for name, value in feeds.items()}
         for tensor in self.spec.inputs:
             if tensor.name in arrays:
                 arrays[tensor.name] = _cast(arrays[tensor.name], tensor)
         for guard, following in zip(self._guards, [*self._guards[1:], None], strict=True):
             try:
-                return guard.run(arrays, finite=finite)
+                outputs = guard.run(arrays, finite=finite)
+                self._local.ran = {**getattr(self._local, "ran", {}), id(guard): guard}
+                return outputs
             except (ExecutionError, IntegrityError) as error:
                 if following is None:
                     raise
                 self._note(guard, following, error)
         raise AssertionError("a session has at least one guard")
+
+    def ran_here(self, *, reset: bool = False) -> list[Stats]:
+        """Counters of the engines that this thread's runs have used since it last reset this."""
+        if reset:
+            self._local.ran = {}
+        return [guard.stats() for guard in getattr(self._local, "ran", {}).values()]
 
     def _note(self, failed: ShapeGuard, following: ShapeGuard, error: Exception) -> None:
         names = [f"{g.backend.name}:{g.options.precision}" for g in (failed, following)]
@@ -182,6 +199,13 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _array(name: str, value: object) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ShapeError(name, None, type(value).__name__, f"must be an array ({error})") from error
 
 
 def _cast(array: Array, tensor: TensorSpec) -> Array:

@@ -17,13 +17,13 @@ from anysize.backends import (
     EngineOptions,
     Model,
     ModelSpec,
+    available_backends,
     get_backend,
     install_line,
     known_backends,
 )
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import (
-    AnysizeError,
     BackendUnavailableError,
     ExportError,
     ModelLoadError,
@@ -182,14 +182,16 @@ def _from_graph(path: Path, form: str, backend: Backend) -> Model:
         if text is not None:
             return replace(model, spec=ModelSpec.from_json(text))
         spec = _probe_graph(model, backend)
-    except AnysizeError as error:
-        raise ModelLoadError(f"{path}: {error}") from error
+    except Exception as error:  # an engine that compiles a foreign file fails in its own way
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelLoadError(f"{path}: {reason[0]}") from error
     return replace(model, spec=replace(spec, source_sha256=hashlib.sha256(data).hexdigest()))
 
 
 def _probe_graph(model: Model, backend: Backend) -> ModelSpec:
     """The contract of a file that carries none, found by running it on this engine."""
     from anysize.exporters.probing import probe
+    from anysize.exporters.radius import measure_radius
 
     options = EngineOptions()
     program = backend.compile(model, None, options)
@@ -217,4 +219,19 @@ def _probe_graph(model: Model, backend: Backend) -> ModelSpec:
             program = backend.compile(model, None, options)
             raise
 
-    return replace(probe(run, templates), producer=f"{backend.name} {backend.version}")
+    spec = probe(run, templates, radius=False)
+    # Without NaN a reach cannot be traced, and a guess would be a wrong picture: then it stays unknown.
+    tracer = _tracer(model, backend) if spec.scale is not None else None
+    if tracer is not None:
+        traced = tracer.compile(model, None, options)
+        radius = measure_radius(traced.run, spec, np.random.default_rng(0))
+        spec = replace(spec, radius=radius, tileable=radius is not None)
+    return replace(spec, producer=f"{backend.name} {backend.version}")
+
+
+def _tracer(model: Model, backend: Backend) -> Backend | None:
+    """An installed engine that takes the model and lets NaN through, this one if it does."""
+    if backend.propagates_nan:
+        return backend
+    installed = (get_backend(name) for name in available_backends())
+    return next((b for b in installed if b.propagates_nan and model.format in b.formats), None)

@@ -66,7 +66,9 @@ class Upscaler:
             self.session = source
         else:
             self.session = load(source, backend=backend, precision=precision, options=options)
-        self.tiling = tiling or Tiling()
+        self.tiling = Tiling() if tiling is None else tiling
+        if not isinstance(self.tiling, Tiling):
+            raise OptionError(f"tiling must be a Tiling, not {tiling!r}")
         self.scale = _image_scale(self.session.spec)
         self._last = threading.local()
 
@@ -93,6 +95,7 @@ class Upscaler:
         picture = open_picture(image)
         size = _target(picture.array, outscale, self.scale)
         before = self.session.stats
+        self.session.ran_here(reset=True)
         work = _Work(self, picture, progress, _cancelled(cancel))
         result = work.run(size)
         after = self.session.stats
@@ -101,9 +104,7 @@ class Upscaler:
             height=result.shape[0],
             scale=float(outscale or self.scale),
             model_scale=self.scale,
-            backend=self.session.backend,
-            device=after.device,
-            precision=after.precision,
+            **self._ran(),
             method=work.plan.method,
             tile=work.plan.tile,
             overlap=work.plan.overlap,
@@ -115,6 +116,12 @@ class Upscaler:
             fallbacks=after.fallbacks[len(before.fallbacks) :],
         )
         return picture.restore(result)
+
+    def _ran(self) -> dict[str, str]:
+        """What this thread's runs really used; more than one engine only after a fallback."""
+        stats = self.session.ran_here()
+        names = ("backend", "device", "precision")
+        return {name: "+".join(dict.fromkeys(getattr(s, name) for s in stats)) for name in names}
 
     def close(self) -> None:
         """Free the session."""
@@ -140,7 +147,7 @@ class _Work:
         if self.alpha is not None and not _constant(self.alpha):
             parts.append(self.alpha)
         self.parts = [self._pad(part) for part in parts]
-        self.plan = self._plan(self._model_input(self.parts[0]))
+        self.plan = self._plan(*self.parts[0].shape[1:])
 
     def run(self, size: tuple[int, int]) -> Array:
         """The result, (height, width, C) in the picture's dtype; `size` is (height, width)."""
@@ -187,14 +194,15 @@ class _Work:
         mode = "reflect" if all(p < n for (_, p), n in zip(pads, planes.shape, strict=True)) else "edge"
         return np.pad(planes, pads, mode=mode)  # type: ignore[call-overload,no-any-return]
 
-    def _plan(self, planes: Array) -> _Plan:
+    def _plan(self, height: int, width: int) -> _Plan:
         spec, tiling = self.session.spec, self.tiling
-        height, width = planes.shape[1:]
         method = tiling.method
+        fixed = any(isinstance(s, int) for s in spec.inputs[0].shape[2:])
+        if method == "tile" and fixed:
+            raise OptionError(f"this model takes one size only ({spec.inputs[0]}), so it cannot be tiled")
         if method == "auto":
             small = height * width <= WHOLE_PIXELS
             asked = tiling.tile is not None or tiling.overlap != "exact"
-            fixed = any(isinstance(s, int) for s in spec.inputs[0].shape[2:])
             method = "whole" if fixed or not (spec.tileable or asked) or (small and not asked) else "tile"
         if method == "whole":
             return _Plan(
@@ -213,13 +221,13 @@ class _Work:
                 core = max(128, _LARGEST_TILE - 2 * halo)
                 cut = grid(height, width, core, halo, self.steps)
                 if cut.work > MAX_EXACT_WORK:
-                    return self._cheapest(planes)
+                    return self._cheapest(height, width)
         else:
             halo, core = tiling.overlap, tiling.tile or 256
             cut = grid(height, width, core, halo, self.steps)
-        return self._tiled(planes, cut, core, halo)
+        return self._tiled(cut, core, halo)
 
-    def _tiled(self, planes: Array, cut: Grid, core: int, halo: int) -> _Plan:
+    def _tiled(self, cut: Grid, core: int, halo: int) -> _Plan:
         spec = self.session.spec
         single = len(cut.rows) == len(cut.columns) == 1
         known = spec.radius if spec.tileable else None
@@ -229,16 +237,19 @@ class _Work:
             # Without a radius a much larger halo is the best reference there is.
             reach = known if known is not None else _UNKNOWN_REACH
             low, high = spec.value_range
-            error = measured_error(self.session, planes, cut, reach, self.steps) / (high - low)
+            errors = [
+                measured_error(self.session, self._model_input(part), cut, reach, self.steps)
+                for part in self.parts
+            ]
+            error = max(errors) / (high - low)
         tile = max(round_up(core, step) for step in self.steps)
         return _Plan(cut, "tile", tile, max(round_up(halo, step) for step in self.steps), exact, error)
 
-    def _cheapest(self, planes: Array) -> _Plan:
+    def _cheapest(self, height: int, width: int) -> _Plan:
         """The smallest halo that is good enough on this picture's own busiest tiles."""
-        height, width = planes.shape[1:]
         for halo in HALOS:
             core = _LARGEST_TILE - 2 * halo
-            plan = self._tiled(planes, grid(height, width, core, halo, self.steps), core, halo)
+            plan = self._tiled(grid(height, width, core, halo, self.steps), core, halo)
             if plan.exact or (plan.max_error or 0.0) <= HALO_ERROR:
                 break
         return plan
@@ -291,25 +302,36 @@ def _image_scale(spec: ModelSpec) -> int:
     """The probed scale of a picture-to-picture model. Raises `ModelLoadError` for any other."""
     scale = spec.scale
     out = spec.outputs[0].shape
-    if scale is None or spec.channels not in (1, 3) or len(out) != 4 or out[1] != spec.channels:
+    floats = all(t.dtype.kind == "f" for t in (*spec.inputs, *spec.outputs))
+    if scale is None or not floats or spec.channels not in (1, 3) or out[1] != spec.channels:
         found = "; ".join(map(str, (*spec.inputs, *spec.outputs)))
         raise ModelLoadError(
-            f"not a picture-to-picture model: expected one NCHW input and output of 1 or 3 channels in a "
-            f"whole ratio of sizes; found {found}"
+            "not a picture-to-picture model: expected one float NCHW input and output of 1 or 3 channels, in "
+            f"a whole ratio of sizes; found {found}"
         )
     return scale
 
 
 def _target(array: Array, outscale: float | None, scale: int) -> tuple[int, int]:
-    if outscale is not None and not (math.isfinite(outscale) and outscale > 0):
-        raise OptionError(f"outscale must be a positive number, not {outscale}")
+    check_outscale(outscale)
     height, width = (max(1, round(n * (outscale or scale))) for n in array.shape[:2])
     if height * width > _PIXEL_LIMIT:
         raise OptionError(f"the result would be {width} x {height} pixels, more than {_PIXEL_LIMIT}")
     return height, width
 
 
+def check_outscale(outscale: float | None) -> None:
+    """Raise `OptionError` unless None or a positive number."""
+    number = isinstance(outscale, (int, float)) and not isinstance(outscale, bool)
+    if outscale is not None and not (number and math.isfinite(outscale) and outscale > 0):
+        raise OptionError(f"outscale must be a positive number, not {outscale!r}")
+
+
 def _cancelled(cancel: Cancel | None) -> Callable[[], bool]:
     if cancel is None:
         return lambda: False
-    return cancel.is_set if isinstance(cancel, threading.Event) else cancel
+    if hasattr(cancel, "is_set"):
+        return cancel.is_set
+    if not callable(cancel):
+        raise OptionError(f"cancel must be an event or a function, not {type(cancel).__name__}")
+    return cancel

@@ -103,7 +103,11 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, "-o", "/proc/anysize/out"], "cannot be made"),
         ([ok, "-o", "/proc/out.png"], "/proc/out.png"),
         ([ok, "-o", str(folder / "out.bmp")], "cannot write '.bmp' files"),
-        ([ok, "-o", ok], "would overwrite the input"),
+        ([ok, "-o", ok], "would overwrite"),
+        ([ok, "-o", ""], "--output is empty"),
+        ([ok, "-o", str(folder / "new" / "er"), "--outscale", "nan"], "outscale"),
+        ([str(folder / "text.png"), "-o", str(folder / "new" / "er")], "text.png: not a readable picture"),
+        (["n" * 300, *out], "File name too long"),
         ([ok], "Missing option"),
         ([ok, *out, "--tile", "many"], "--tile"),
         ([ok, *out, "--colour", "red"], "No such option"),
@@ -131,7 +135,7 @@ def test_five_channel_model(run: Run, photo: Path, tmp_path: Path) -> None:
     export(torch.nn.Conv2d(5, 5, 3, padding=1), tmp_path / "five.onnx", inputs=[("n", 5, "h", "w")])
     code, _, err = run("upscale", photo, "-o", tmp_path / "o.png", "-m", tmp_path / "five.onnx")
     assert code == 2
-    assert "expected one NCHW input and output of 1 or 3 channels" in err
+    assert "expected one float NCHW input and output of 1 or 3 channels" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "o.png").exists()
 

@@ -152,6 +152,26 @@ def test_refuses_what_it_has_not(backend: str, options: EngineOptions) -> None:
         get_backend(backend).check(options)
 
 
+def test_nan_passes_where_the_engine_says_so(backend: str, toybox: ToyBox) -> None:
+    """A pixel's reach is traced by NaN, through clip and through a padding-free ReLU too."""
+    if not get_backend(backend).propagates_nan:
+        pytest.skip(f"{backend} does not let NaN through, and says so")
+    for name in ("InPlace", "EncoderDecoder"):
+        x = noise(1, 3, 16, 16)
+        x[:, :, 7, 7] = np.nan
+        assert np.isnan(compile_toy(toybox, backend, name, None).run({"x": x})["output"][:, :, 7, 7]).all()
+
+
+def test_a_module_that_keeps_state_during_a_call_is_safe(backend: str, toybox: ToyBox) -> None:
+    session = toybox.session("KeepsState", backend)
+    inputs = [np.full((1, 3, 24, 24), i / 16, np.float32) for i in range(16)]
+    want = [session(x) for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            for got, right in zip(pool.map(session, inputs), want, strict=True):
+                np.testing.assert_array_equal(got, right)
+
+
 def test_metadata_carries_the_contract(backend: str, toybox: ToyBox) -> None:
     engine = get_backend(backend)
     _, onnx = toybox.make("Nearest")

@@ -247,6 +247,22 @@ def test_a_foreign_onnx_file_is_probed(tmp_path: Path, toybox: ToyBox, engine: s
         assert radius in (None, session.spec.radius)
 
 
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+def test_reach_is_unknown_where_nothing_can_trace_it(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clip and ReLU of OpenVINO swallow NaN: a gate that noise never opens would hide its reach."""
+    import onnx
+    from anysize import sources
+
+    proto = onnx.load(toybox.file("EncoderDecoder"))
+    del proto.metadata_props[:]
+    file = toybox.folder / "foreign.onnx"
+    onnx.save(proto, file)
+    monkeypatch.setattr(sources, "available_backends", lambda: ["openvino"])
+    spec = anysize.load(file, backend="openvino").spec
+    assert spec.radius is None
+    assert not spec.tileable
+
+
 def test_exporters_name_no_architecture() -> None:
     for file in (Path(anysize.__file__).parent / "exporters").glob("*.py"):
         text = file.read_text().lower()
@@ -265,3 +281,44 @@ def test_padding_modes(mode: str, tileable: bool) -> None:
     )
     spec = anysize.load(module, backend="torch").spec
     assert (spec.tileable, spec.radius) == (tileable, 3 if tileable else None)
+
+
+def test_a_grid_hidden_by_padding_inside_is_found() -> None:
+    """Windows over a picture padded inside the model: any size works, but tiles have to lie on the grid."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.windows = toys.Windows(7)
+            self.convs = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            height, width = x.shape[2:]
+            y = nn.functional.pad(x, (0, -width % 7, 0, -height % 7))
+            return self.convs(self.windows(y))[:, :, :height, :width]
+
+    spec = anysize.load(Hidden(), backend="torch").spec
+    assert spec.dims["h"] == Dim("h")
+    assert not spec.tileable
+
+
+def test_diagonal_reach_is_found() -> None:
+    module = nn.Conv2d(3, 3, 2, dilation=20, padding=10)
+    assert anysize.load(module, backend="torch").spec.radius == 10
+
+
+def test_a_module_that_cannot_be_copied_is_an_error(tmp_path: Path) -> None:
+    import threading
+
+    module = toys.Nearest()
+    module.lock = threading.Lock()
+    with pytest.raises(ExportError, match="cannot be copied"):
+        export(module, tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+
+
+def test_an_input_named_output(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def forward(self, output: torch.Tensor) -> torch.Tensor:
+            return output * 2
+
+    assert list(exported(tmp_path, Named(), [("n", 3, "h", "w")]).output_rule) == ["result"]

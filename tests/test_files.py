@@ -117,6 +117,13 @@ def broken_files(folder: Path) -> dict[str, str]:
     corrupt = bytearray((folder / "good.png").read_bytes())
     corrupt[100:140] = bytes(40)
     (folder / "corrupt.png").write_bytes(corrupt)
+    Image.fromarray(good).save(folder / "raw.tif")
+    (folder / "truncated.tif").write_bytes((folder / "raw.tif").read_bytes()[:6000])
+    (folder / "raw.tif").unlink()
+    damaged = (folder / "good.jpg").read_bytes()
+    (folder / "damaged.jpg").write_bytes(damaged[:1500] + damaged[1800:])
+    apng = [Image.new("RGB", (4, 4), v) for v in ("red", "blue")]
+    apng[0].save(folder / "moving.png", save_all=True, append_images=apng[1:])
     frames = [Image.new("L", (4, 4), v) for v in (0, 255)]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     frames[0].save(folder / "pages.tif", save_all=True, append_images=frames[1:])
@@ -133,6 +140,10 @@ def broken_files(folder: Path) -> dict[str, str]:
         "folder.png": "not a file",
         "missing.png": "no such file",
         "float.tif": "pixels of type float",
+        "truncated.tif": "truncated.tif",
+        "damaged.jpg": "damaged.jpg",
+        "moving.png": "several pages or frames",
+        "n" * 300 + ".png": "cannot be read: File name too long",
     }
 
 
@@ -267,3 +278,37 @@ def test_one_result_never_replaces_another_of_the_same_run(tmp_path: Path, upsca
 
 def test_top_level_names() -> None:
     assert not [name for name in anysize.__all__ if not hasattr(anysize, name)]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif", ".gif", ".avif"])
+def test_a_file_that_changed_is_read_again(tmp_path: Path, suffix: str) -> None:
+    """libvips remembers pictures by file name."""
+    for value in (10, 120, 230):
+        Image.new("RGB", (16, 16), (value,) * 3).save(tmp_path / f"x{suffix}")
+        assert abs(int(read_picture(tmp_path / f"x{suffix}").array.mean()) - value) <= 2
+
+
+def test_names_are_not_options(tmp_path: Path, upscaler: Upscaler) -> None:
+    """libvips takes options in square brackets from file names."""
+    write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    write_picture(tmp_path / "b.png", np.full((4, 4, 3), 255, np.uint8))
+    (tmp_path / "b.png").rename(tmp_path / "a.png[access=random].png")
+    upscale_file(tmp_path / "a.png[access=random].png", tmp_path / "out[Q=1].png", upscaler)
+    assert read_picture(tmp_path / "out[Q=1].png").array.min() == 255
+
+
+def test_a_batch_never_overwrites_its_own_inputs(tmp_path: Path, upscaler: Upscaler) -> None:
+    write_picture(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    write_picture(tmp_path / "a_x2.png", np.full((4, 4, 3), 255, np.uint8))
+    results = list(run_jobs(plan_jobs([tmp_path], tmp_path, 2), upscaler))
+    assert [r.status for r, _ in results] == ["failed", "ok"]
+    assert "would overwrite" in str(results[0][1])
+    assert read_picture(tmp_path / "a_x2.png").array.shape == (4, 4, 3)
+
+
+def test_long_names(tmp_path: Path) -> None:
+    name = "\N{GRINNING FACE}" * 61 + ".png"  # 248 bytes
+    write_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+    assert (tmp_path / name).exists()
+    with pytest.raises(ImageError, match="File name too long"):
+        upscale_file(tmp_path / name, tmp_path / ("n" * 300 + ".png"))

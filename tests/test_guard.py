@@ -201,6 +201,7 @@ def test_bad_feeds_never_reach_the_engine() -> None:
         {"x": x(4, 4).astype(np.uint8)},
         {"x": x(4, 4).astype(np.complex64)},
         {"x": "text"},
+        {"x": [[1, 2], [3]]},
     ):
         with pytest.raises(ShapeError):
             session.run(feeds)
@@ -217,6 +218,13 @@ def test_bad_feeds_never_reach_the_engine() -> None:
         {"fallback": "torch"},
         {"colour": "red"},
         {"device": "abacus"},
+        {"device": None},
+        {"threads": 1.5},
+        {"threads": "2"},
+        {"max_live": "x"},
+        {"fallback": None},
+        {"fallback": (1,)},
+        3,
     ],
 )
 def test_bad_options_are_refused(toybox: ToyBox, backend: str, options: dict) -> None:

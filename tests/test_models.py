@@ -169,7 +169,12 @@ def bad_files(folder: Path) -> dict[str, str]:
     torch.save(state, folder / "missing.pth")
     compact = SRVGGNetCompact(3, 8, 2, 4).state_dict()
     torch.save({k: v for k, v in compact.items() if v.ndim == 4 or ".0." in k}, folder / "relu.pth")
+    conv = torch.zeros(3, 3, 3, 3)
+    torch.save({"body.0.weight": torch.zeros(4, 0, 3, 3), "body.2.weight": conv}, folder / "none.pth")
+    torch.save({f"body.{i}.weight": conv for i in (0, 1, 30_000_000)}, folder / "huge.pth")
     return {
+        "none.pth": "none.pth",
+        "huge.pth": "huge.pth",
         "text.pth": "text.pth",
         "text.safetensors": "not a readable weights file",
         "empty.pth": "not a readable weights file",

@@ -201,6 +201,7 @@ def test_r10_no_silent_switch_of_backend(backend: str, toybox: ToyBox) -> None:
     upscale = Upscaler(session)
     upscale(np.zeros((5, 5, 3), np.uint8))
     assert len(upscale.report.fallbacks) == 1
+    assert upscale.report.backend == other
     with pytest.raises(anysize.BackendNotFoundError):
         anysize.load(source, backend="nothing", options=Options(fallback=(other,)))
 

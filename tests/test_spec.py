@@ -73,6 +73,12 @@ def damage(**changes: object) -> str:
         damage(outputs=[{"name": "y", "dtype": "float32", "shape": [{"Rule": {"dim": "h", "div": 0}}]}]),
         damage(inputs=[{"name": "x", "dtype": "float32", "shape": [{"Dim": {"name": "h", "min": 0}}]}]),
         damage(inputs=[{"name": "x", "dtype": "float32", "shape": [True]}]),
+        damage(inputs=[{"name": "x", "dtype": "float32", "shape": [0]}]),
+        damage(inputs=[{"name": "x", "dtype": "float32", "shape": [{"Dim": {"name": "h", "min": 10**12}}]}]),
+        damage(outputs=[{"name": "y", "dtype": "float32", "shape": [{"Rule": {"dim": "h", "mul": "2"}}]}]),
+        damage(outputs=[{"name": "y", "dtype": "float32", "shape": [{"Rule": {"dim": "h", "mul": -1}}]}]),
+        damage(radius=True),
+        "[" * 100_000,
         damage(inputs=[{"name": "x", "dtype": "float32", "shape": [{"Dim": {"name": ["h"]}}]}]),
     ],
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from anysize.backends import Backend, ModelSpec
+from anysize.backends import Backend, Dim, ModelSpec
 from anysize.backends.base import Array
 from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
 from anysize.exporters.radius import image_step
@@ -303,7 +303,9 @@ def _image_scale(spec: ModelSpec) -> int:
     scale = spec.scale
     out = spec.outputs[0].shape
     floats = all(t.dtype.kind == "f" for t in (*spec.inputs, *spec.outputs))
-    if scale is None or not floats or spec.channels not in (1, 3) or out[1] != spec.channels:
+    batch = spec.inputs[0].shape[0]
+    single = batch.allows(1) if isinstance(batch, Dim) else batch == 1
+    if scale is None or not floats or not single or spec.channels not in (1, 3) or out[1] != spec.channels:
         found = "; ".join(map(str, (*spec.inputs, *spec.outputs)))
         raise ModelLoadError(
             "not a picture-to-picture model: expected one float NCHW input and output of 1 or 3 channels, in "

@@ -85,10 +85,12 @@ def interleaved(table: Table, weights: str) -> None:
             digests[size].add(hashlib.sha256(upscale(crop).tobytes()).hexdigest())
         what = f"{weights} {tiling.method} overlap {tiling.overlap}"
         table.add(f"{what}: hashes per picture", max(map(len, digests.values())), 1)
-        shapes = len({(min(h, limit), min(w, limit)) for h, w in SIZES})
-        # a halo below the radius is measured once per picture shape against exact patches of few shapes
-        extra = 0 if overlap == upscale.session.spec.radius or tiling.method == "whole" else len(SIZES)
-        table.add(f"{what}: compiles", upscale.session.stats.compiles, shapes + extra)
+        shapes = {(min(h, limit), min(w, limit)) for h, w in SIZES}
+        if tiling.overlap == 10:  # its error is measured, in windows of one more shape per picture
+            window = 32 + 2 * int(upscale.session.spec.radius or 0)
+            tiled = [(h, w) for h, w in SIZES if h > limit or w > limit]
+            shapes |= {(min(h, window), min(w, window)) for h, w in tiled}
+        table.add(f"{what}: compiles", upscale.session.stats.compiles, len(shapes))
         upscale.close()
 
 

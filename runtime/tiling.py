@@ -154,18 +154,22 @@ def measured_error(
     worst = 0.0
     for row, column in _busiest_patches(planes, cut, patch):
         got, _ = run_window(session, planes, cut.shape, row, column)
-        rows, tall = _around(row, planes.shape[1], radius, steps[0])
-        columns, wide = _around(column, planes.shape[2], radius, steps[1])
+        rows, tall = _around(row, planes.shape[1], patch, radius, steps[0])
+        columns, wide = _around(column, planes.shape[2], patch, radius, steps[1])
         want, _ = run_window(session, planes, (tall, wide), rows, columns)
         worst = max(worst, float(np.abs(got - want).max()))
     return worst
 
 
-def _around(span: Span, limit: int, radius: int, step: int) -> tuple[Span, int]:
-    """The window with an exact halo around the span's written part, aligned to `step`, and its extent."""
-    start = max(0, span.first - radius) // step * step
-    stop = min(limit, round_up(span.last + radius, step))
-    return Span(start, span.first, span.last), stop - start
+def _around(span: Span, limit: int, patch: int, radius: int, step: int) -> tuple[Span, int]:
+    """A window with at least an exact halo around the span's written part, and its extent.
+
+    The extent is the same for all patches of a picture, so that they share one program.
+    """
+    # a patch may begin between the model's grid lines, hence step - 1
+    extent = min(limit, round_up(patch + step - 1, step) + 2 * round_up(radius, step))
+    start = max(0, span.first - round_up(radius, step)) // step * step
+    return Span(min(start, limit - extent), span.first, span.last), extent
 
 
 def _busiest_patches(planes: Array, cut: Grid, patch: int, count: int = 4) -> list[tuple[Span, Span]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,12 +21,14 @@ class Model:
 
     `format` and `data`: "module" a `torch.nn.Module` in eval mode that nobody else changes; "onnx" the
     file's bytes, or its path where it does not stand alone (external data); "xml" the path of an OpenVINO
-    IR; plugins may add their own. `spec` is None only while a foreign file is being probed.
+    IR; plugins may add their own. `spec` is None only while a foreign file is being probed. `states`: inputs
+    that take, in a sequence of runs, what the run before gave as the output named here.
     """
 
     format: str
     data: Any
     spec: ModelSpec | None = None
+    states: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,45 @@ class Executable(ABC):
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Run once. Thread-safe; never changes `feeds`; returns C-contiguous arrays that the caller owns."""
 
+    def sequence(self, links: Mapping[str, str], states: Feeds) -> Sequence:
+        """Start a sequence of runs at these states; `links` are the model's `states`.
+
+        Passing arrays from run to run serves every engine; one that can keep them inside overrides this.
+        """
+        return PassedStates(self, links, states)
+
     def close(self) -> None:  # noqa: B027 - most engines free their program with the object
         """Free the program. Called once, when no run is under way."""
+
+
+class Sequence(ABC):
+    """Runs of one program in order, each beginning with the states the one before ended with.
+
+    Not thread-safe; sequences of one program are independent of each other.
+    """
+
+    @abstractmethod
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """One run; `feeds` and the result are without the states. As `Executable.run` otherwise."""
+
+    @abstractmethod
+    def states(self) -> dict[str, Array]:
+        """The states as they are now, by the name of their input; arrays the caller owns."""
+
+
+class PassedStates(Sequence):
+    """States as arrays that the program takes and gives."""
+
+    def __init__(self, program: Executable, links: Mapping[str, str], states: Feeds) -> None:
+        self._program, self._links, self._states = program, links, dict(states)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        outputs = self._program.run({**feeds, **self._states})
+        self._states = {name: outputs.pop(following) for name, following in self._links.items()}
+        return outputs
+
+    def states(self) -> dict[str, Array]:
+        return dict(self._states)
 
 
 class Backend(ABC):

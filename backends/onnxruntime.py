@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
+from anysize.backends.base import (
+    Array,
+    Backend,
+    EngineOptions,
+    Executable,
+    Feeds,
+    Model,
+    Port,
+    Sequence,
+    Shapes,
+)
 from anysize.backends.errors import ModelLoadError, OptionError
 
 _DTYPES = {
@@ -47,7 +58,7 @@ class OnnxRuntimeBackend(Backend):
         # A spinning pool starves every other engine and worker of the process.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.enable_mem_pattern = shapes is not None  # patterns are per shape and pile up otherwise
-        return _Program(self._session(model, settings))
+        return _Program(self._ort, self._session(model, settings))
 
     def metadata(self, model: Model) -> dict[str, str]:
         settings = self._settings()
@@ -68,8 +79,8 @@ class OnnxRuntimeBackend(Backend):
 
 
 class _Program(Executable):
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, ort: Any, session: Any) -> None:
+        self._ort, self._session = ort, session
         self.inputs = tuple(map(_port, session.get_inputs()))
         self.outputs = tuple(map(_port, session.get_outputs()))
         self.precision, self.device = "f32", "cpu"
@@ -78,6 +89,29 @@ class _Program(Executable):
     def run(self, feeds: Feeds) -> dict[str, Array]:
         contiguous = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
         return dict(zip(self._names, self._session.run(self._names, contiguous), strict=True))
+
+    def sequence(self, links: Mapping[str, str], states: Feeds) -> Sequence:
+        return _Sequence(self._ort, self._session, links, states)
+
+
+class _Sequence(Sequence):
+    """States stay the engine's own values: what a run gives is fed to the next without a copy."""
+
+    def __init__(self, ort: Any, session: Any, links: Mapping[str, str], states: Feeds) -> None:
+        self._session, self._links = session, links
+        self._value = ort.OrtValue.ortvalue_from_numpy
+        self._states = {name: self._value(np.ascontiguousarray(array)) for name, array in states.items()}
+        self._names = [node.name for node in session.get_outputs()]
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        values = {name: self._value(np.ascontiguousarray(array)) for name, array in feeds.items()}
+        results = self._session.run_with_ort_values(self._names, {**values, **self._states})
+        outputs = dict(zip(self._names, results, strict=True))
+        self._states = {name: outputs.pop(following) for name, following in self._links.items()}
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def states(self) -> dict[str, Array]:
+        return {name: value.numpy() for name, value in self._states.items()}
 
 
 def _port(node: Any) -> Port:

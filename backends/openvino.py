@@ -5,14 +5,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
+from anysize.backends.base import (
+    Array,
+    Backend,
+    EngineOptions,
+    Executable,
+    Feeds,
+    Model,
+    Port,
+    Sequence,
+    Shapes,
+)
 from anysize.backends.errors import ModelLoadError, OptionError
-from anysize.backends.spec import SPEC_KEY
+from anysize.backends.spec import SPEC_KEY, TensorSpec
 
 _REMEMBERED_SHAPES = 1024
 _TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
@@ -62,8 +73,15 @@ class OpenVINOBackend(Backend):
         elif device == "CPU":
             # Else a cache of kernels per shape seen grows with every new size.
             config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
+        if model.states and shapes is not None:
+            from openvino.passes import MakeStateful, Manager
+
+            passes = Manager()
+            passes.register_pass(MakeStateful(dict(model.states)))
+            passes.run_passes(graph)
+            return _Stateful(self._ov, self._core.compile_model(graph, device, config), model)
         compiled = self._core.compile_model(graph, device, config)
-        return _Program(compiled, None if shapes is not None else graph)
+        return _Program(compiled, model, None if shapes is not None else graph)
 
     def metadata(self, model: Model) -> dict[str, str]:
         graph = self._graph(model)
@@ -88,15 +106,13 @@ class OpenVINOBackend(Backend):
 
 
 class _Program(Executable):
-    def __init__(self, compiled: Any, open_graph: Any | None) -> None:
+    def __init__(self, compiled: Any, model: Model, open_graph: Any | None) -> None:
         self._compiled = compiled
         self._graph = open_graph
         self._inferred: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
         self._lock = threading.Lock()
-        self.inputs = tuple(map(_port, compiled.inputs))
-        self.outputs = tuple(map(_port, compiled.outputs))
-        self.precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
-        self.device = ",".join(compiled.get_property("EXECUTION_DEVICES")).lower()
+        self.inputs, self.outputs = _ports(compiled, model, {})
+        self.precision, self.device = _what_runs(compiled)
         # One request per concurrent run: a request's tensors are its own, and `compiled(...)` has one only.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -129,11 +145,74 @@ class _Program(Executable):
                     self._inferred.popitem(last=False)
 
 
-def _port(port: Any) -> Port:
+class _Stateful(Executable):
+    """A program whose states are the engine's variables: each request holds its own."""
+
+    def __init__(self, ov: Any, compiled: Any, model: Model) -> None:
+        self._ov, self._compiled, self._links = ov, compiled, dict(model.states)
+        self.inputs, self.outputs = _ports(compiled, model, self._links)
+        self.precision, self.device = _what_runs(compiled)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        sequence = self.sequence(self._links, {name: feeds[name] for name in self._links})
+        outputs = sequence.run({n: v for n, v in feeds.items() if n not in self._links})
+        return {**outputs, **{self._links[n]: v for n, v in sequence.states().items()}}
+
+    def sequence(self, links: Mapping[str, str], states: Feeds) -> Sequence:
+        names = [port.name for port in self.outputs]
+        return _Sequence(self._ov, self._compiled.create_infer_request(), names, links, states)
+
+
+class _Sequence(Sequence):
+    def __init__(
+        self, ov: Any, request: Any, names: list[str], links: Mapping[str, str], states: Feeds
+    ) -> None:
+        self._request, self._names = request, names
+        # the pass names a variable after the two ends it joins
+        inputs = {name + following: name for name, following in links.items()}
+        self._variables = {inputs[v.name]: v for v in request.query_state()}
+        for name, variable in self._variables.items():
+            variable.state = ov.Tensor(np.ascontiguousarray(states[name]))
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        results = self._request.infer(arrays, share_inputs=False, share_outputs=False)
+        return {name: results[i] for i, name in enumerate(self._names)}
+
+    def states(self) -> dict[str, Array]:
+        return {name: np.array(variable.state.data) for name, variable in self._variables.items()}
+
+
+def _what_runs(compiled: Any) -> tuple[str, str]:
+    """Precision and device, as the engine tells."""
+    precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    return precision, ",".join(compiled.get_property("EXECUTION_DEVICES")).lower()
+
+
+def _ports(
+    compiled: Any, model: Model, hidden: Mapping[str, str]
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """Inputs and outputs by the names of the contract, without the states `hidden` in the program.
+
+    A tensor has several names where a step that did nothing at these sizes was left out.
+    """
+
+    def named(ports: Any, tensors: tuple[TensorSpec, ...], without: Collection[str]) -> tuple[Port, ...]:
+        names = [t.name for t in tensors if t.name not in without]
+        if len(names) != len(ports) or not all(n in p.get_names() for n, p in zip(names, ports, strict=True)):
+            names = [p.get_any_name() for p in ports]  # a contract in another order
+        return tuple(map(_port, ports, names))
+
+    spec = model.spec
+    ins, outs = (spec.inputs, spec.outputs) if spec is not None else ((), ())
+    return named(compiled.inputs, ins, hidden), named(compiled.outputs, outs, hidden.values())
+
+
+def _port(port: Any, name: str) -> Port:
     kind = port.get_element_type().get_type_name()
     if kind not in _TYPES:  # to_dtype gives bf16 as float16, and ends the process for strings
-        raise ModelLoadError(f"tensor '{port.get_any_name()}' has type {kind}, which is not supported")
+        raise ModelLoadError(f"tensor '{name}' has type {kind}, which is not supported")
     if port.get_partial_shape().rank.is_dynamic:
-        raise ModelLoadError(f"tensor '{port.get_any_name()}' has no fixed number of axes")
+        raise ModelLoadError(f"tensor '{name}' has no fixed number of axes")
     shape = tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
-    return Port(port.get_any_name(), np.dtype(port.get_element_type().to_dtype()), shape)
+    return Port(name, np.dtype(port.get_element_type().to_dtype()), shape)

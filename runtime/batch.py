@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anysize.backends import Backend
-from anysize.backends.errors import AnysizeError, Cancelled, ImageError
+from anysize.backends.errors import AnysizeError, Cancelled, ExecutionError, ImageError, IntegrityError
 from anysize.files import READABLE, check_destination, read_picture, write_picture
 from anysize.guard import log
 from anysize.report import Report
+from anysize.rowfiles import RowReader, RowWriter
 from anysize.session import Session
 from anysize.sources import Source
 from anysize.tiling import Tiling
-from anysize.upscale import Cancel, Progress, Upscaler
+from anysize.upscale import Cancel, Progress, Upscaler, check_outscale
 
 PathLike = str | os.PathLike[str]
 
@@ -43,18 +44,45 @@ def upscale_file(
     started = time.perf_counter()
     src, dst = Path(src), Path(dst)
     check_destination(dst, src)
-    picture = read_picture(src)
-    check_destination(dst, src, has_alpha=picture.array.shape[2] in (2, 4))
-    if isinstance(source, Upscaler):
-        upscaler = source
-    else:
-        upscaler = Upscaler(source, backend=backend, precision=precision, tiling=tiling)
-    result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
+    check_outscale(outscale)
+    rows = RowReader(src)
+    try:
+        check_destination(dst, src, has_alpha=rows.channels in (2, 4))
+        if isinstance(source, Upscaler):
+            upscaler = source
+        else:
+            upscaler = Upscaler(source, backend=backend, precision=precision, tiling=tiling)
+        native = outscale is None or outscale == upscaler.scale
+        streamed = native and _stream(upscaler, rows, dst, progress, cancel)
+    finally:
+        rows.close()
+    if not streamed:
+        picture = read_picture(src)
+        result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
+        write_picture(dst, result, picture.header)
     report = upscaler.report
     assert report is not None
-    write_picture(dst, result, picture.header)
     log.info("%s -> %s: %s", src, dst, report)
     return replace(report, input=str(src), output=str(dst), seconds=time.perf_counter() - started)
+
+
+def _stream(
+    upscaler: Upscaler, rows: RowReader, dst: Path, progress: Progress | None, cancel: Cancel | None
+) -> bool:
+    """Upscale from file to file in bands; False if this picture has to be held whole."""
+    bands = upscaler.stream(rows, progress=progress, cancel=cancel) if rows.upright else None
+    if bands is None:
+        return False
+    width, height = rows.width * upscaler.scale, rows.height * upscaler.scale
+    try:
+        with RowWriter(dst, width, height, rows.channels, rows.dtype, rows.header) as writer:
+            for band in bands:
+                writer.write(band)
+    except (ExecutionError, IntegrityError) as error:
+        if not upscaler.session.fall_back(error):
+            raise
+        return False
+    return True
 
 
 @dataclass(frozen=True)

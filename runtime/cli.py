@@ -105,10 +105,11 @@ def upscale(
     precision: Precision = "f32",
     device: Annotated[str, typer.Option(help="cpu, or cuda with torch.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
-    method: Annotated[str, typer.Option(help="auto, tile or whole.")] = "auto",
-    tile: Annotated[int | None, typer.Option(help="Side of a tile's kept part in input pixels.")] = None,
+    method: Annotated[str, typer.Option(help="auto, stream, tile or whole.")] = "auto",
+    tile: Annotated[int | None, typer.Option(help="Side of a tile, or rows of a band.")] = None,
     overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
+    memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
@@ -122,7 +123,7 @@ def upscale(
         raise OptionError("--output is empty")
     output = Path(output_name)
     check_outscale(outscale)
-    tiling = Tiling(_literal(method), tile, _overlap(overlap))
+    tiling = Tiling(_literal(method), tile, _overlap(overlap), memory)
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
     options = Options(device=device, threads=threads)
@@ -167,7 +168,7 @@ def _interrupt(cancel: threading.Event) -> None:
     cancel.set()
 
 
-def _literal(method: str) -> Literal["auto", "tile", "whole"]:
+def _literal(method: str) -> Literal["auto", "stream", "tile", "whole"]:
     return method  # type: ignore[return-value]  # Tiling checks it
 
 
@@ -197,7 +198,9 @@ def _bar() -> Progress:
 
 def _summary(report: Any) -> str:
     how = report.method
-    if report.tile is not None:
+    if report.method == "stream":
+        how += f", bands of {report.tile} rows"
+    elif report.tile is not None:
         how += f" {report.tile}, overlap {report.overlap}"
     how += (
         ", exact" if report.exact else f", not exact: error up to {report.max_error * 255:.2f}/255 measured"

@@ -26,7 +26,10 @@ WRITABLE: dict[str, dict[str, Any]] = {
 }
 PIXEL_LIMIT = 500_000_000
 _NO_ALPHA = (".jpg", ".jpeg")
-_SIXTEEN_BITS = (".png", ".tif", ".tiff")
+_TIFF = (".tif", ".tiff")
+_SIXTEEN_BITS = (".png", *_TIFF)
+#: bytes of pixels from which a TIFF is written in tiles, and able to exceed 4 GiB
+_LARGE_TIFF = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,30 @@ def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
     Raises `ImageError` for anything that is not one whole picture: missing, empty, truncated, no picture,
     animated or multi-page, over `pixel_limit` pixels (checked before they are decoded).
     """
+    image = open_picture_file(path, pixel_limit)
+    with readable(path):
+        # turning needs random access, so the pixels are decoded first
+        image = image.copy_memory().autorot()
+        array = image.numpy()
+    array = np.ascontiguousarray(array.reshape(image.height, image.width, image.bands))
+    return FilePicture(array, image)
+
+
+def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
+    """A libvips image of the file, as RGB or grey of 8 or 16 bits, to be decoded once and from the top down.
+
+    Not turned upright. Raises `ImageError` as `read_picture` does, except for damage further down.
+    """
     import pyvips
 
-    # From memory: libvips takes options from file names ("a.png[page=1]") and remembers pictures by name.
-    data = _bytes(path)
+    head = _head(path)
     # libjpeg only warns about damaged data, and fills in; the other readers' warnings are harmless.
-    strict = "warning" if data.startswith(b"\xff\xd8") else "error"
+    strict = "warning" if head.startswith(b"\xff\xd8") else "error"
     try:
-        image = pyvips.Image.new_from_buffer(data, "", access="sequential", fail_on=strict, revalidate=True)
+        # By descriptor: libvips takes options from file names ("a.png[page=1]") and remembers them.
+        with path.open("rb") as file:
+            source = pyvips.Source.new_from_descriptor(file.fileno())
+        image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on=strict)
     except pyvips.Error as error:
         raise ImageError(f"{path}: not a readable picture: {_reason(error)}") from error
     if image.width * image.height > pixel_limit:
@@ -58,32 +77,49 @@ def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
             f"{path}: {image.width} x {image.height} pixels, more than the limit of {pixel_limit}"
         )
     pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-    animated = data.startswith(b"\x89PNG") and b"acTL" in data[: max(0, data.find(b"IDAT"))]
+    animated = head.startswith(b"\x89PNG") and _is_animated(path)
     if pages > 1 or animated:
         count = "several" if animated else pages
         raise ImageError(f"{path}: has {count} pages or frames; only single pictures are supported")
+    with readable(path):
+        return _as_rgb_or_grey(image, path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Errors of libvips while pixels are decoded are those of the picture."""
+    import pyvips
+
     try:
-        # turning needs random access, so the pixels are decoded first
-        image = _as_rgb_or_grey(image, path).copy_memory().autorot()
-        array = image.numpy()
+        yield
     except pyvips.Error as error:
         raise ImageError(f"{path}: damaged picture: {_reason(error)}") from error
-    array = np.ascontiguousarray(array.reshape(image.height, image.width, image.bands))
-    return FilePicture(array, image)
 
 
-def _bytes(path: Path) -> bytes:
+def _head(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(16)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise ImageError(f"{path}: not a file") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
-    if not data:
+    if not head:
         raise ImageError(f"{path}: the file is empty")
-    return data
+    return head
+
+
+def _is_animated(path: Path) -> bool:
+    """Whether a PNG has an animation's chunk before its pixels."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IDAT":
+            if chunk[4:] == b"acTL":
+                return True
+            file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def _as_rgb_or_grey(image: Any, path: Path) -> Any:
@@ -127,9 +163,15 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
     """
     import pyvips
 
-    image = pyvips.Image.new_from_array(np.ascontiguousarray(array))
-    wide = array.dtype == np.uint16
-    grey = array.shape[2] <= 2
+    save(path, pyvips.Image.new_from_array(np.ascontiguousarray(array)), header)
+
+
+def save(path: Path, image: Any, header: Any | None) -> None:
+    """The same from a libvips image, which may still be coming in from the top down."""
+    import pyvips
+
+    wide = image.format == "ushort"
+    grey = image.bands <= 2
     image = image.copy(
         interpretation=("grey16" if wide else "b-w") if grey else ("rgb16" if wide else "srgb")
     )
@@ -146,9 +188,12 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
                 image.set_type(header.get_typeof(name), name, header.get(name))
         # the pixels are upright, but the EXIF block still says how they were
         image.set_type(pyvips.GValue.gint_type, "orientation", 1)
+    options = WRITABLE[suffix]
+    if suffix in _TIFF and image.width * image.height * image.bands * (1 + wide) >= _LARGE_TIFF:
+        options = {**options, "bigtiff": True, "tile": True, "tile_width": 256, "tile_height": 256}
     with replacing(path) as temporary:
         try:
-            image.write_to_file(str(temporary), **WRITABLE[suffix])
+            image.write_to_file(str(temporary), **options)
         except pyvips.Error as error:
             raise ImageError(f"{path}: cannot be written: {_reason(error)}") from error
 

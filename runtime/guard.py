@@ -11,11 +11,14 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from anysize.backends import base
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model
 from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError
 
@@ -74,7 +77,7 @@ class ShapeGuard:
             raise OptionError(f"max_live must be at least 1, not {max_live}")
         backend.check(options)
         self.backend, self.model, self.spec, self.options = backend, model, model.spec, options
-        self._strategy, self._max_live = strategy, max_live
+        self._strategy, self.max_live = strategy, max_live
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
         self._asked: OrderedDict[Key, int] = OrderedDict()
         self._lock = threading.Lock()
@@ -95,11 +98,39 @@ class ShapeGuard:
         key: Key = tuple(sorted(shapes.items()))
         program = self._acquire(key)
         try:
-            executable = program.ready.result()
-            started = time.perf_counter()
-            outputs = executable.run(feeds)
-            seconds = time.perf_counter() - started
-            self._check(outputs, self.spec.output_shapes(sizes), shapes, finite)
+            with self._watched(program, shapes):
+                executable = program.ready.result()
+                started = time.perf_counter()
+                outputs = executable.run(feeds)
+                seconds = time.perf_counter() - started
+                self._check(outputs, self.spec.output_shapes(sizes), shapes, finite)
+        finally:
+            self._release(program)
+        self._count(executable, seconds)
+        return outputs
+
+    def begin(self, feeds: Feeds, states: Feeds) -> Sequence:
+        """Start a sequence of checked runs on feeds of these shapes, beginning at these states.
+
+        For a model with `states`. The sequence holds its program until it is closed. Raises as `run` does.
+        """
+        shapes = {name: value.shape for name, value in {**feeds, **states}.items()}
+        want = self.spec.output_shapes(self.spec.bind(shapes))
+        program = self._acquire(tuple(sorted(shapes.items())))
+        try:
+            with self._watched(program, shapes):
+                inner = program.ready.result().sequence(self.model.states, states)
+        except BaseException:
+            self._release(program)
+            raise
+        kept = set(self.model.states.values())
+        return Sequence(self, program, inner, shapes, {n: s for n, s in want.items() if n not in kept})
+
+    @contextmanager
+    def _watched(self, program: _Program, shapes: object) -> Iterator[None]:
+        """Whatever goes wrong in the engine ends the program and is one of our errors."""
+        try:
+            yield
         except AnysizeError as error:
             if isinstance(error, IntegrityError):
                 self._discard(program)
@@ -110,13 +141,12 @@ class ShapeGuard:
             raise ExecutionError(
                 f"the engine failed: {_first_line(error)}", backend=self.backend.name, shape=shapes
             ) from error
-        finally:
-            self._release(program)
+
+    def _count(self, executable: Executable, seconds: float) -> None:
         with self._lock:
             self._stats.calls += 1
             self._stats.run_seconds += seconds
             self._stats.device, self._stats.precision = executable.device, executable.precision
-        return outputs
 
     def close(self) -> None:
         """Free all programs; those in use are freed by the run that ends last."""
@@ -136,12 +166,12 @@ class ShapeGuard:
         if self._strategy == "static" or key in self._programs:
             return key
         static = sum(k is not None for k in self._programs)
-        if static < self._max_live - (None in self._programs):
+        if static < self.max_live - (None in self._programs):
             return key
         self._asked[key] = asked = self._asked.pop(key, 0) + 1
         while len(self._asked) > _REMEMBERED:
             self._asked.popitem(last=False)
-        if asked > _PROMOTE_AFTER and self._max_live > 1:
+        if asked > _PROMOTE_AFTER and self.max_live > 1:
             del self._asked[key]
             return key
         return None
@@ -156,7 +186,7 @@ class ShapeGuard:
             mine = program is None
             if program is None:
                 program = self._programs[key] = _Program()
-                while len(self._programs) > self._max_live:
+                while len(self._programs) > self.max_live:
                     # the open program serves every shape: it goes last
                     oldest = next((k for k in self._programs if k is not None and k != key), None)
                     retired.append(self._programs.pop(oldest))
@@ -237,6 +267,8 @@ class ShapeGuard:
         if set(outputs) != set(want):
             raise wrong(f"outputs {sorted(outputs)} instead of {sorted(want)}", sorted(outputs), sorted(want))
         for tensor in self.spec.outputs:
+            if tensor.name not in want:  # a state, which the engine keeps
+                continue
             output = outputs[tensor.name]
             if output.shape != want[tensor.name]:
                 raise wrong(
@@ -255,6 +287,42 @@ class ShapeGuard:
                 raise wrong(
                     f"output '{tensor.name}' holds values that are not finite", "not finite", "finite"
                 )
+
+
+class Sequence:
+    """Checked runs of one program in order, each taking up the states of the one before."""
+
+    def __init__(
+        self,
+        guard: ShapeGuard,
+        program: _Program,
+        inner: base.Sequence,
+        shapes: dict[str, tuple[int, ...]],
+        want: dict[str, tuple[int, ...]],
+    ) -> None:
+        self._guard, self._program, self._inner = guard, program, inner
+        self._shapes, self._want = shapes, want
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """One run on feeds of the shapes it was begun with; outputs must be finite. Raises as `run` does."""
+        for name, value in feeds.items():
+            assert value.shape == self._shapes[name], (name, value.shape)
+        with self._guard._watched(self._program, self._shapes):
+            started = time.perf_counter()
+            outputs = self._inner.run(feeds)
+            seconds = time.perf_counter() - started
+            self._guard._check(outputs, self._want, self._shapes, True)
+        self._guard._count(self._program.ready.result(), seconds)
+        return outputs
+
+    def states(self) -> dict[str, Array]:
+        """The states as they are now, by input name."""
+        with self._guard._watched(self._program, self._shapes):
+            return self._inner.states()
+
+    def close(self) -> None:
+        """Let go of the program. Once only."""
+        self._guard._release(self._program)
 
 
 def _close(program: _Program) -> None:

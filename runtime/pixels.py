@@ -118,28 +118,29 @@ def quantise(values: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def split(array: Array) -> tuple[Array, Array | None]:
-    """HWC of any dtype -> colour planes (1 or 3, H, W) and alpha (1, H, W) or None, float32 in 0..1.
-
-    Colour under zero alpha is replaced by that of the nearest visible pixel, so that it cannot bleed.
-    """
+    """HWC of any dtype -> colour planes (1 or 3, H, W) and alpha (1, H, W) or None, float32 in 0..1."""
     planes = np.ascontiguousarray(to_float(array).transpose(2, 0, 1))
+    return (planes, None) if array.shape[2] in (1, 3) else (planes[:-1], planes[-1:])
+
+
+def fill_hidden(array: Array) -> Array:
+    """Colour under zero alpha replaced by that of the nearest visible pixel, so that it cannot bleed."""
     if array.shape[2] in (1, 3):
-        return planes, None
-    colour, alpha = planes[:-1], planes[-1:]
-    hidden = alpha[0] == 0
-    if hidden.any() and not hidden.all():
-        colour = _fill_from_nearest(colour, hidden)
-    return colour, alpha
-
-
-def _fill_from_nearest(colour: Array, hidden: Array) -> Array:
+        return array
+    hidden = array[:, :, -1:] == 0
+    if not hidden.any() or hidden.all():
+        return array
     import pyvips
 
-    # fill_nearest takes a pixel that is 0 in all bands for a hole, so black must not be 0
-    marked = np.where(hidden, np.float32(0), colour + np.float32(1))
-    image = pyvips.Image.new_from_array(np.ascontiguousarray(marked.transpose(1, 2, 0)))
-    filled = image.fill_nearest().numpy().reshape(*hidden.shape, -1).transpose(2, 0, 1)
-    return np.where(hidden, filled - np.float32(1), colour)
+    # where the nearest pixel is, not its colour: values stay as they came, at any depth
+    height, width = hidden.shape[:2]
+    places = np.arange(1, height * width + 1, dtype=np.float64).reshape(hidden.shape)
+    marked = pyvips.Image.new_from_array(np.where(hidden, 0.0, places))
+    nearest = marked.fill_nearest().numpy().reshape(height, width).astype(np.intp) - 1
+    # only where it was asked: libvips moves the other pixels by one
+    result: Array = np.where(hidden, array.reshape(height * width, -1)[nearest], array)
+    result[:, :, -1:] = array[:, :, -1:]
+    return result
 
 
 def constant_runs(alpha: Array, value: float) -> Array:

@@ -11,10 +11,11 @@ class Report:
     """What ran for one picture.
 
     `width`, `height`: of the result, in pixels. `scale`: result over input; `model_scale`: the model's own
-    (a different `scale` is a Lanczos resize of its result). `tile`, `overlap`: input pixels, None where
-    the picture ran whole. `exact`: the result is that of the whole picture run at once. `max_error`: where
-    it is not, the largest difference measured on this picture, in 0..1. `compiles`, `fallbacks`: of the
-    session during this call.
+    (a different `scale` is a Lanczos resize of its result). `tile`: side of a tile or rows of a band;
+    `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran whole. `exact`:
+    the result is that of the whole picture run at once. `max_error`: where it is not, the largest difference
+    measured on this picture, in 0..1. `reason`: why this method. `compiles`, `fallbacks`: of the session
+    during this call.
     """
 
     status: str = "ok"
@@ -33,6 +34,7 @@ class Report:
     overlap: int | None = None
     exact: bool | None = None
     max_error: float | None = None
+    reason: str | None = None
     compiles: int = 0
     engine_seconds: float = 0.0
     seconds: float = 0.0

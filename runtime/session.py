@@ -6,12 +6,13 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import (
+    AnysizeError,
     BackendUnavailableError,
     ExecutionError,
     IntegrityError,
@@ -20,6 +21,9 @@ from anysize.backends.errors import (
 )
 from anysize.guard import ShapeGuard, Stats, Strategy, log
 from anysize.sources import Source, choose_backend, open_source
+
+if TYPE_CHECKING:
+    from anysize.streaming import BandRunner
 
 PRECISIONS = ("f32", "bf16")
 
@@ -118,6 +122,7 @@ class Session:
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
         self._local = threading.local()
+        self._bands: BandRunner | AnysizeError | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -135,8 +140,9 @@ class Session:
     def stats(self) -> Stats:
         """Counters so far, those of fallbacks added; names are of the first engine."""
         total = self._guards[0].stats()
-        for guard in self._guards[1:]:
-            stats = guard.stats()
+        bands = self._bands
+        banded = [] if bands is None or isinstance(bands, AnysizeError) else bands.stats()
+        for stats in (*(guard.stats() for guard in self._guards[1:]), *banded):
             for name in ("calls", "compiles", "cache_hits", "evictions", "discarded", "live"):
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
             total.compile_seconds += stats.compile_seconds
@@ -176,6 +182,33 @@ class Session:
             self._local.ran = {}
         return [guard.stats() for guard in getattr(self._local, "ran", {}).values()]
 
+    def bands(self) -> BandRunner:
+        """The model in bands, on the first engine. Raises `NotStreamable`, `BackendUnavailableError`."""
+        from anysize.streaming import BandRunner
+
+        with self._lock:
+            if self._bands is None:
+                try:
+                    self._bands = BandRunner(self._guards[0])
+                except AnysizeError as error:
+                    self._bands = error
+            if isinstance(self._bands, AnysizeError):
+                raise self._bands.with_traceback(None)
+            return self._bands
+
+    def working_bytes(self, sizes: Mapping[str, int]) -> int | None:
+        """An estimate of the memory a run of these sizes takes; None where the graph cannot be read."""
+        from anysize.exporters.cost import working_bytes
+
+        return working_bytes(self._guards[0].model, sizes)
+
+    def fall_back(self, error: AnysizeError) -> bool:
+        """After the first engine failed in bands: whether the caller named another to go on with."""
+        if len(self._guards) == 1:
+            return False
+        self._note(self._guards[0], self._guards[1], error)
+        return True
+
     def _note(self, failed: ShapeGuard, following: ShapeGuard, error: Exception) -> None:
         names = [f"{g.backend.name}:{g.options.precision}" for g in (failed, following)]
         text = f"{names[0]} -> {names[1]}: {error}"
@@ -193,6 +226,8 @@ class Session:
         """Free the engine's programs. Further runs raise `OptionError`."""
         for guard in self._guards:
             guard.close()
+        if self._bands is not None and not isinstance(self._bands, AnysizeError):
+            self._bands.close()
 
     def __enter__(self) -> Session:
         return self

@@ -8,6 +8,7 @@ border is a halo wide of the pixels taken from the tile.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,30 +19,51 @@ from anysize.backends.base import Array
 from anysize.backends.errors import Cancelled, ExecutionError, IntegrityError, OptionError
 from anysize.session import Session
 
-Store = Callable[[Array], Array]
+#: takes the first output row and column of a part, (C', h, w) float, and the part
+Put = Callable[[int, int, Array], Any]
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How a picture is cut.
 
-    `method`: "whole" runs it at once, "tile" in tiles, "auto" whole while small. `tile`: side in input
-    pixels of the part of a tile that is kept (None: chosen). `overlap`: "exact" is a halo of the model's
-    receptive radius, which gives the whole-picture result; an integer is a halo of that many pixels,
-    and asking for one below the radius is accepting an error, which is then measured and reported.
+    `method`: "stream" runs bands of rows through a model taken apart for it, "tile" tiles, "whole" the
+    picture at once; "auto" streams where the model allows, small pictures whole, and tiles otherwise.
+    "stream" and "whole" give the same result. `tile`: side in input pixels of the part of a tile that is
+    kept, or rows of a band (None: chosen). `overlap` of tiles: "exact" is a halo of the model's receptive
+    radius, which gives the whole-picture result; an integer is a halo of that many pixels, and asking for
+    one below the radius is accepting an error, which is then measured and reported. `memory`: the most
+    the process may hold, in bytes or as text such as "2GiB" (None: no limit).
     """
 
-    method: Literal["auto", "tile", "whole"] = "auto"
+    method: Literal["auto", "stream", "tile", "whole"] = "auto"
     tile: int | None = None
     overlap: Literal["exact"] | int = "exact"
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("auto", "tile", "whole"):
-            raise OptionError(f"method must be auto, tile or whole, not {self.method!r}")
+        if self.method not in ("auto", "stream", "tile", "whole"):
+            raise OptionError(f"method must be auto, stream, tile or whole, not {self.method!r}")
         if self.tile is not None and (type(self.tile) is not int or self.tile < 1):
             raise OptionError(f"tile must be a positive number of pixels, not {self.tile!r}")
         if self.overlap != "exact" and (type(self.overlap) is not int or self.overlap < 0):
             raise OptionError(f"overlap must be 'exact' or a number of pixels >= 0, not {self.overlap!r}")
+        if self.overlap != "exact" and self.method == "stream":
+            raise OptionError("bands do not overlap: leave overlap at 'exact' with method 'stream'")
+        object.__setattr__(self, "memory", parse_bytes(self.memory))
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """A number of bytes, or text like "2GiB", "500 MB". Raises `OptionError`."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B|)\s*", str(size).upper())
+    if isinstance(size, (bool, float)) or match is None or float(match[1]) <= 0:
+        raise OptionError(f"memory must be a number of bytes or like '2GiB', not {size!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -94,19 +116,11 @@ def grid(height: int, width: int, core: int, halo: int, steps: tuple[int, int]) 
     return Grid((tall, wide), rows, columns)
 
 
-def run_grid(
-    session: Session,
-    planes: Array,
-    cut: Grid,
-    canvas: Array,
-    store: Store,
-    step_done: Callable[[], Any],
-    cancelled: Callable[[], bool],
-) -> float:
-    """Run `session` over every tile of `planes`, (C, H, W), into `canvas`, (C', H*s, W*s); engine seconds.
+def run_grid(session: Session, planes: Array, cut: Grid, put: Put, cancelled: Callable[[], bool]) -> float:
+    """Run `session` over every tile of `planes`, (C, H, W), giving each result to `put`; engine seconds.
 
-    `store` converts a finished float part to the canvas's dtype. Every pixel of the canvas is written
-    once. An error of the engine or in what it returned names the tile and ends the call.
+    Every output pixel is put once. An error of the engine or in what it returned names the tile and ends
+    the call.
     """
     scale = session.spec.scale
     assert scale is not None
@@ -121,10 +135,7 @@ def run_grid(
                 error.tile = (i, j)
                 raise
             seconds += spent
-            canvas[:, row.first * scale : row.last * scale, column.first * scale : column.last * scale] = (
-                store(part)
-            )
-            step_done()
+            put(row.first * scale, column.first * scale, part)
     return seconds
 
 

@@ -1,49 +1,55 @@
-"""`Upscaler`: a picture in, the picture `scale` times as large out, whole or in tiles, never wrong."""
+"""`Upscaler`: a picture in, the picture `scale` times as large out, whole or in pieces, never wrong."""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import numpy as np
 from anysize.backends import Backend, Dim, ModelSpec
 from anysize.backends.base import Array
-from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
+from anysize.backends.errors import (
+    Cancelled,
+    ExecutionError,
+    IntegrityError,
+    ModelLoadError,
+    OptionError,
+)
 from anysize.exporters.radius import image_step
-from anysize.pixels import Picture, constant_runs, open_picture, quantise, resize, split
+from anysize.guard import Stats
+from anysize.pixels import constant_runs, fill_hidden, open_picture, quantise, resize, split
+from anysize.planning import Plan, make_plan, stream_plan
 from anysize.report import Report
 from anysize.session import Options, Session, load
 from anysize.sources import Source
-from anysize.tiling import Grid, Tiling, grid, measured_error, round_up, run_grid
+from anysize.streaming import BandRun
+from anysize.tiling import Tiling, round_up, run_grid
 
-#: "auto" runs pictures up to this many pixels whole
-WHOLE_PIXELS = 512 * 512
-#: "auto" takes an exact halo while it costs less than this many times the picture's own pixels
-MAX_EXACT_WORK = 2.5
-#: ... and otherwise the smallest of these halos whose measured error stays below the bound
-HALOS = (16, 32, 48, 64, 96, 128)
-HALO_ERROR = 0.5 / 255
-_LARGEST_TILE = 640
 _PIXEL_LIMIT = 2**33
-_UNKNOWN_REACH = 256
 
 Progress = Callable[[int, int], Any]
 #: a flag such as `threading.Event`, or a function that says whether to stop
 Cancel = threading.Event | Callable[[], bool]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    cut: Grid
-    method: str
-    tile: int | None
-    overlap: int | None
-    exact: bool
-    max_error: float | None
+class Rows(Protocol):
+    """A picture that can be had from the top down: HWC, alpha last where it has any.
+
+    `alpha_range`: the least and the largest alpha in 0..1; None without alpha.
+    """
+
+    height: int
+    width: int
+    channels: int
+    dtype: np.dtype[Any]
+    alpha_range: tuple[float, float] | None
+
+    def read(self, top: int, bottom: int) -> Array:
+        """Rows [top, bottom), (rows, W, C). A file is read in order, each row once."""
+        ...
 
 
 class Upscaler:
@@ -88,214 +94,327 @@ class Upscaler:
         """Upscale one picture and return the same kind: array (HW or HWC; uint8, uint16, float) or PIL image.
 
         `outscale`: the result is this many times the input instead of the model's scale. `progress` is
-        called with (tiles done, tiles in all). `cancel` is looked at before each tile.
-        Raises `ImageError`, `OptionError`, `ExecutionError`, `IntegrityError`, `Cancelled`.
+        called with (bands or tiles done, in all). `cancel` is looked at before each band or tile.
+        Raises `ImageError`, `OptionError`, `NotStreamable`, `MemoryBudgetError`, `ExecutionError`,
+        `IntegrityError`, `Cancelled`.
         """
-        started = time.perf_counter()
         picture = open_picture(image)
-        size = _target(picture.array, outscale, self.scale)
-        before = self.session.stats
+        rows = _ArrayRows(picture.array)
+        size = _target(rows.height, rows.width, outscale, self.scale)
+        native = size == (rows.height * self.scale, rows.width * self.scale)
+        # Straight into the result's dtype, unless it has to be resized from unrounded values.
+        dtype = rows.dtype if native else np.dtype(np.float32)
+        shape = (rows.height * self.scale, rows.width * self.scale, rows.channels)
+        stats, started = self._begin()
+        work = _Work(self.session, rows, dtype, progress, _cancelled(cancel))
+        # pixels are held as they came, as the result, and as planes while tiles are cut from them
+        held = math.prod(shape) * dtype.itemsize + 8 * math.prod(picture.array.shape)
+        work.plan = make_plan(self.session, self.tiling, *work.padded, held, work.inputs)
+        result = np.empty(shape, dtype)
+        done = False
+        if work.plan.bands is not None:
+            try:
+                for top, band in work.stream():
+                    result[top : top + len(band)] = band
+                done = True
+            except (ExecutionError, IntegrityError) as error:
+                if not self.session.fall_back(error):
+                    raise
+                # the other engines run tiles, each of which falls back by itself
+                again = Tiling("tile" if self.session.spec.tileable else "whole", memory=self.tiling.memory)
+                work.plan = make_plan(self.session, again, *work.padded, held, work.inputs)
+        if not done:
+            work.tiles(result)
+        if not native:
+            result = quantise(resize(result, *size), rows.dtype)
+        self._finish(work, result.shape, float(outscale or self.scale), stats, started)
+        return picture.restore(result)
+
+    def stream(
+        self,
+        rows: Rows,
+        *,
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> Iterator[Array] | None:
+        """Upscale a picture as it is read: yields the result's rows, (rows, W*scale, C), from the top down.
+
+        None where it cannot be done in bands (`Upscaler` on the whole picture says why and does otherwise).
+        The report is there once all rows have been taken. Raises as a call does; nothing falls back.
+        """
+        # what waits to be read, written or joined: a few bands
+        held = 2**25
+        _target(rows.height, rows.width, None, self.scale)
+        work = _Work(self.session, rows, rows.dtype, progress, _cancelled(cancel))
+        plan = stream_plan(self.session, self.tiling, *work.padded, held)
+        hidden = rows.alpha_range is not None and rows.alpha_range[0] == 0 < rows.alpha_range[1]
+        if plan is None or hidden:  # colour under no alpha comes from its neighbours, wherever they are
+            return None
+        work.plan = plan
+        return self._streamed(work)
+
+    def _streamed(self, work: _Work) -> Iterator[Array]:
+        stats, started = self._begin()
+        for _, band in work.stream():
+            yield band
+        shape = (work.rows.height * self.scale, work.rows.width * self.scale)
+        self._finish(work, shape, float(self.scale), stats, started)
+
+    def _begin(self) -> tuple[Stats, float]:
         self.session.ran_here(reset=True)
-        work = _Work(self, picture, progress, _cancelled(cancel))
-        result = work.run(size)
-        after = self.session.stats
+        return self.session.stats, time.perf_counter()
+
+    def _finish(
+        self, work: _Work, shape: tuple[int, ...], scale: float, before: Stats, started: float
+    ) -> None:
+        after, plan = self.session.stats, work.plan
+        bands = plan.bands
+        # more than one engine only after a fallback
+        ran = self.session.ran_here() if bands is None else bands.stats()[:1]
+        names = ("backend", "device", "precision")
         self._last.report = Report(
-            width=result.shape[1],
-            height=result.shape[0],
-            scale=float(outscale or self.scale),
+            width=shape[1],
+            height=shape[0],
+            scale=scale,
             model_scale=self.scale,
-            **self._ran(),
-            method=work.plan.method,
-            tile=work.plan.tile,
-            overlap=work.plan.overlap,
-            exact=work.plan.exact,
-            max_error=work.plan.max_error,
+            **{name: "+".join(dict.fromkeys(getattr(s, name) for s in ran)) for name in names},
+            method=plan.method,
+            tile=plan.tile,
+            overlap=plan.overlap,
+            exact=plan.exact,
+            max_error=plan.max_error,
+            reason=plan.reason,
             compiles=after.compiles - before.compiles,
             engine_seconds=work.engine_seconds,
             seconds=time.perf_counter() - started,
             fallbacks=after.fallbacks[len(before.fallbacks) :],
         )
-        return picture.restore(result)
-
-    def _ran(self) -> dict[str, str]:
-        """What this thread's runs really used; more than one engine only after a fallback."""
-        stats = self.session.ran_here()
-        names = ("backend", "device", "precision")
-        return {name: "+".join(dict.fromkeys(getattr(s, name) for s in stats)) for name in names}
 
     def close(self) -> None:
         """Free the session."""
         self.session.close()
 
 
+class _ArrayRows:
+    """A picture in memory; colour under zero alpha is replaced first, so that it cannot bleed."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = fill_hidden(array)
+        self.height, self.width, self.channels = array.shape
+        self.dtype = array.dtype
+        self.alpha_range = None
+        if self.channels in (2, 4):
+            full = 1 if array.dtype.kind == "f" else np.iinfo(array.dtype).max
+            alpha = array[:, :, -1]
+            self.alpha_range = (float(alpha.min() / full), float(alpha.max() / full))
+
+    def read(self, top: int, bottom: int) -> Array:
+        return self.array[top:bottom]
+
+
 class _Work:
-    """One picture's way through the model."""
+    """One picture's way through the model, as parts: colour (its planes for a one-channel model), alpha."""
+
+    plan: Plan
 
     def __init__(
-        self, upscaler: Upscaler, picture: Picture, progress: Progress | None, cancelled: Callable[[], bool]
+        self,
+        session: Session,
+        rows: Rows,
+        dtype: np.dtype[Any],
+        progress: Progress | None,
+        cancelled: Callable[[], bool],
     ) -> None:
-        self.session, self.scale, self.tiling = upscaler.session, upscaler.scale, upscaler.tiling
-        self.picture, self.progress, self.cancelled = picture, progress, cancelled
-        spec = self.session.spec
-        self.steps = (image_step(spec, 2), image_step(spec, 3))
+        self.session, self.spec, self.rows, self.dtype = session, session.spec, rows, dtype
+        self.progress, self.cancelled = progress, cancelled
+        self.scale = _image_scale(self.spec)
+        self.padded = self._padded()
+        self.grey = rows.channels <= 2
+        # an alpha that is the same everywhere stays so
+        self.alpha = rows.alpha_range is not None and rows.alpha_range[0] != rows.alpha_range[1]
         self.engine_seconds = 0.0
         self.done = 0
-        colour, self.alpha = split(picture.array)
-        self.grey = colour.shape[0] == 1
-        # What goes through the model one by one: colour, or its planes for a one-channel model; then alpha.
-        parts = list(colour[:, None]) if spec.channels == 1 else [colour]
-        if self.alpha is not None and not _constant(self.alpha):
-            parts.append(self.alpha)
-        self.parts = [self._pad(part) for part in parts]
-        self.plan = self._plan(*self.parts[0].shape[1:])
+        self.above: Array | None = None  # the rows before those read last
 
-    def run(self, size: tuple[int, int]) -> Array:
-        """The result, (height, width, C) in the picture's dtype; `size` is (height, width)."""
-        height, width = (n * self.scale for n in self.picture.array.shape[:2])
-        native = size == (height, width)
-        # Straight into the result's dtype, unless it has to be resized from unrounded values.
-        dtype = self.picture.array.dtype if native else np.dtype(np.float32)
-        canvases = [self._upscale(part, dtype)[:, :height, :width] for part in self.parts]
-        alpha_in = self.alpha
-        planes = []
-        if alpha_in is not None:
-            if _constant(alpha_in):
-                alpha = np.full((1, height, width), quantise(alpha_in[:, :1, :1], dtype))
-            else:
-                alpha = canvases.pop()[:1]
-                for value in (0.0, 1.0):  # what is wholly opaque or transparent stays so
-                    keep = constant_runs(alpha_in, value).repeat(self.scale, 0).repeat(self.scale, 1)
-                    alpha[0][keep] = quantise(np.full(1, value, np.float32), dtype)[0]
-            planes.append(alpha)
-        colour = canvases[0] if len(canvases) == 1 else np.concatenate(canvases)
-        planes.insert(0, colour[:1] if self.grey else colour)
-        result = np.concatenate(planes).transpose(1, 2, 0)
-        if not native:
-            result = quantise(resize(result, *size), self.picture.array.dtype)
-        return np.ascontiguousarray(result)
+    # -- in
 
-    def _pad(self, planes: Array) -> Array:
-        """Grow to the next valid size at the bottom and right; the result is cropped."""
-        spec = self.session.spec
-        pads = [(0, 0)]
-        for axis, step in zip((2, 3), self.steps, strict=True):
-            have = planes.shape[axis - 1]
+    def inputs(self, top: int = 0, bottom: int | None = None) -> list[Array]:
+        """The model's input for rows [top, bottom) of the padded picture, (C, rows, W) for each part."""
+        height, width = self.padded
+        bottom = height if bottom is None else bottom
+        real = min(bottom, self.rows.height)
+        need = bottom - real  # rows below the picture mirror those above its edge
+        pixels = self.rows.read(top, real)
+        if need:
+            pixels = self._continued(pixels, need)
+        else:
+            self.above = pixels[-image_step(self.spec, 2) :]
+        colour, alpha = split(pixels)
+        parts = list(colour[:, None]) if self.spec.channels == 1 else [colour]
+        if self.alpha and alpha is not None:
+            parts.append(alpha)
+        beyond = width - self.rows.width
+        if beyond:
+            # reflect needs as many pixels as it adds; np.pad would repeat the reflection
+            mode = "reflect" if beyond < self.rows.width else "edge"
+            parts = [np.pad(p, ((0, 0), (0, 0), (0, beyond)), mode=mode) for p in parts]  # type: ignore[call-overload]
+        return [self._model_input(part) for part in parts]
+
+    def _continued(self, pixels: Array, need: int) -> Array:
+        """The picture's last rows and `need` below it: a reflection, or its edge where it is too small."""
+        known = pixels if self.above is None else np.concatenate((self.above, pixels))
+        mode = "reflect" if need < self.rows.height else "edge"
+        grown: Array = np.pad(known, ((0, need), (0, 0), (0, 0)), mode=mode)  # type: ignore[call-overload]
+        return grown[len(known) - len(pixels) :]
+
+    def _padded(self) -> tuple[int, int]:
+        """The next size the model takes, which grows at the bottom and right; the result is cropped."""
+        spec, sizes = self.spec, []
+        for axis, have in ((2, self.rows.height), (3, self.rows.width)):
             size = spec.inputs[0].shape[axis]
+            step = image_step(spec, axis)
             want = size if isinstance(size, int) else round_up(max(have, spec.dims[_name(size)].min), step)
             if want < have or (not isinstance(size, int) and not spec.dims[_name(size)].allows(want)):
                 raise OptionError(
-                    f"the picture is {self.picture.array.shape[1]} x {self.picture.array.shape[0]}, but this "
-                    f"model takes at most {spec.inputs[0]}"
+                    f"the picture is {self.rows.width} x {self.rows.height}, but this model takes at most "
+                    f"{spec.inputs[0]}"
                 )
-            pads.append((0, want - have))
-        if not any(after for _, after in pads):
-            return planes
-        # reflect needs as many pixels as it adds; np.pad would repeat the reflection
-        mode = "reflect" if all(p < n for (_, p), n in zip(pads, planes.shape, strict=True)) else "edge"
-        return np.pad(planes, pads, mode=mode)  # type: ignore[call-overload,no-any-return]
-
-    def _plan(self, height: int, width: int) -> _Plan:
-        spec, tiling = self.session.spec, self.tiling
-        method = tiling.method
-        fixed = any(isinstance(s, int) for s in spec.inputs[0].shape[2:])
-        if method == "tile" and fixed:
-            raise OptionError(f"this model takes one size only ({spec.inputs[0]}), so it cannot be tiled")
-        if method == "auto":
-            small = height * width <= WHOLE_PIXELS
-            asked = tiling.tile is not None or tiling.overlap != "exact"
-            method = "whole" if fixed or not (spec.tileable or asked) or (small and not asked) else "tile"
-        if method == "whole":
-            return _Plan(
-                grid(height, width, max(height, width), 0, self.steps), "whole", None, None, True, None
-            )
-        if tiling.overlap == "exact":
-            if spec.radius is None or not spec.tileable:
-                raise OptionError(
-                    "this model has no known receptive radius (it looks at the whole picture), so exact "
-                    "tiles are impossible; use method 'whole', or insist with an overlap in pixels"
-                )
-            halo = spec.radius
-            core = tiling.tile or max(128, 512 - 2 * halo)
-            cut = grid(height, width, core, halo, self.steps)
-            if tiling.method == "auto" and tiling.tile is None:
-                core = max(128, _LARGEST_TILE - 2 * halo)
-                cut = grid(height, width, core, halo, self.steps)
-                if cut.work > MAX_EXACT_WORK:
-                    return self._cheapest(height, width)
-        else:
-            halo, core = tiling.overlap, tiling.tile or 256
-            cut = grid(height, width, core, halo, self.steps)
-        return self._tiled(cut, core, halo)
-
-    def _tiled(self, cut: Grid, core: int, halo: int) -> _Plan:
-        spec = self.session.spec
-        single = len(cut.rows) == len(cut.columns) == 1
-        known = spec.radius if spec.tileable else None
-        exact = single or (known is not None and halo >= known)
-        error = None
-        if not exact:
-            # Without a radius a much larger halo is the best reference there is.
-            reach = known if known is not None else _UNKNOWN_REACH
-            low, high = spec.value_range
-            errors = [
-                measured_error(self.session, self._model_input(part), cut, reach, self.steps)
-                for part in self.parts
-            ]
-            error = max(errors) / (high - low)
-        tile = max(round_up(core, step) for step in self.steps)
-        return _Plan(cut, "tile", tile, max(round_up(halo, step) for step in self.steps), exact, error)
-
-    def _cheapest(self, height: int, width: int) -> _Plan:
-        """The smallest halo that is good enough on this picture's own busiest tiles."""
-        for halo in HALOS:
-            core = _LARGEST_TILE - 2 * halo
-            plan = self._tiled(grid(height, width, core, halo, self.steps), core, halo)
-            if plan.exact or (plan.max_error or 0.0) <= HALO_ERROR:
-                break
-        return plan
+            sizes.append(want)
+        return sizes[0], sizes[1]
 
     def _model_input(self, planes: Array) -> Array:
         """In the model's value range and channels: grey runs as three equal ones."""
-        low, high = self.session.spec.value_range
+        low, high = self.spec.value_range
         if (low, high) != (0.0, 1.0):
             planes = planes * np.float32(high - low) + np.float32(low)
-        return np.repeat(planes, 3, axis=0) if self.session.spec.channels != planes.shape[0] else planes
+        return np.repeat(planes, 3, axis=0) if self.spec.channels != planes.shape[0] else planes
 
-    def _upscale(self, planes: Array, dtype: np.dtype[Any]) -> Array:
-        """One part through the model: (C, H, W) -> (C, H*scale, W*scale) of `dtype`."""
+    # -- out
+
+    def _channels(self, part: int, parts: int) -> slice:
+        """The channels of the result that a part gives."""
+        if self.alpha and part == parts - 1:
+            return slice(self.rows.channels - 1, self.rows.channels)
+        return slice(0, 1 if self.grey else 3) if self.spec.channels != 1 else slice(part, part + 1)
+
+    def _store(self, values: Array, into: Array) -> None:
+        """Model output (C', h, w) -> HWC of the result's dtype."""
+        if values.shape[0] != into.shape[2]:  # grey comes back as one
+            values = values.mean(axis=0, keepdims=True)
+        low, high = self.spec.value_range
+        if (low, high) != (0.0, 1.0):
+            values = (values - np.float32(low)) / np.float32(high - low)
+        into[...] = quantise(values, self.dtype).transpose(1, 2, 0)
+
+    def _flat_alpha(self, result: Array) -> None:
+        """Fill in an alpha that did not go through the model."""
+        if self.rows.alpha_range is not None and not self.alpha:
+            level = np.full(1, self.rows.alpha_range[0], np.float32)
+            result[:, :, -1] = quantise(level, self.dtype)[0]
+
+    def _clean_alpha(self, result: Array, top: int, alpha: Array, first: int) -> None:
+        """What is wholly opaque or transparent stays so.
+
+        `result`: rows of the output from `top` on; `alpha`: rows of the input, (1, h, W), from `first` on,
+        one more on either side where the picture has them.
+        """
+        a, b = top // self.scale, -(-(top + len(result)) // self.scale)
+        for value in (0.0, 1.0):
+            keep = constant_runs(alpha, value)[a - first : b - first]
+            keep = keep.repeat(self.scale, 0)[top - a * self.scale :][: len(result)].repeat(self.scale, 1)
+            result[:, :, -1][keep] = quantise(np.full(1, value, np.float32), self.dtype)[0]
+
+    def _step_done(self, total: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, total)
+
+    # -- the two ways
+
+    def tiles(self, result: Array) -> None:
+        """Whole or in tiles, into `result`."""
         cut = self.plan.cut
-        low, high = self.session.spec.value_range
-        total = len(self.parts) * len(cut.rows) * len(cut.columns)
+        assert cut is not None
+        self.done = 0
+        self.above = None
+        parts = self.inputs()
+        total = len(parts) * len(cut.rows) * len(cut.columns)
+        for i, planes in enumerate(parts):
+            channels = self._channels(i, len(parts))
 
-        def store(part: Array) -> Array:
-            if part.shape[0] != planes.shape[0]:  # grey comes back as one
-                part = part.mean(axis=0, keepdims=True)
-            if (low, high) != (0.0, 1.0):
-                part = (part - np.float32(low)) / np.float32(high - low)
-            return quantise(part, dtype)
+            def put(top: int, left: int, values: Array, channels: slice = channels) -> None:
+                into = result[top : top + values.shape[1], left : left + values.shape[2], channels]
+                self._store(values[:, : into.shape[0], : into.shape[1]], into)
+                self._step_done(total)
 
-        def step_done() -> None:
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.done, total)
+            self.engine_seconds += run_grid(self.session, planes, cut, put, self.cancelled)
+            if self.cancelled():
+                raise Cancelled("cancelled after the last tile")
+        self._flat_alpha(result)
+        if self.alpha:
+            alpha = split(self.rows.read(0, self.rows.height))[1]
+            assert alpha is not None
+            self._clean_alpha(result, 0, alpha, 0)
 
-        canvas = np.empty(
-            (planes.shape[0], planes.shape[1] * self.scale, planes.shape[2] * self.scale), dtype
-        )
-        self.engine_seconds += run_grid(
-            self.session, self._model_input(planes), cut, canvas, store, step_done, self.cancelled
-        )
-        if self.cancelled():
-            raise Cancelled("cancelled after the last tile")
-        return canvas
+    def stream(self) -> Iterator[tuple[int, Array]]:
+        """In bands: yields (first row, rows of the result), from the top down."""
+        plan = self.plan
+        assert plan.bands is not None
+        cut = plan.bands.cut(self.padded[0], plan.tile or 1)
+        width, height = self.rows.width * self.scale, self.rows.height * self.scale
+        runs: list[BandRun] = []
+        low, high = self.spec.value_range
+        recent = _Recent()
+        top = 0
+        try:
+            for band in cut:
+                if self.cancelled():
+                    raise Cancelled(f"cancelled before the band of rows {band.top} to {band.bottom}")
+                parts = self.inputs(band.top, band.bottom)
+                runs = runs or [BandRun(plan.bands, plan.strips) for _ in parts]
+                if self.alpha:
+                    recent.add((parts[-1][:1, :, : self.rows.width] - low) / (high - low))
+                pieces = [run.push(band, part) for run, part in zip(runs, parts, strict=True)]
+                bottom = min(top + pieces[0].shape[1], height)
+                result = np.empty((bottom - top, width, self.rows.channels), self.dtype)
+                for i, values in enumerate(pieces):
+                    self._store(
+                        values[:, : bottom - top, :width], result[:, :, self._channels(i, len(parts))]
+                    )
+                self._flat_alpha(result)
+                if self.alpha:
+                    first, last = max(0, top // self.scale - 1), -(-bottom // self.scale) + 1
+                    self._clean_alpha(result, top, recent.take(first, last), first)
+                yield top, result
+                top = bottom
+                self._step_done(len(cut))
+        finally:
+            for run in runs:
+                self.engine_seconds += run.engine_seconds
+                run.close()
+        assert top == height
+
+
+class _Recent:
+    """Rows of alpha that have gone into the model, for as long as their results have not come out."""
+
+    def __init__(self) -> None:
+        self.rows: Array | None = None
+        self.first = 0
+
+    def add(self, rows: Array) -> None:
+        self.rows = rows if self.rows is None else np.concatenate((self.rows, rows), axis=1)
+
+    def take(self, first: int, last: int) -> Array:
+        """Rows [first, last) as far as there are; those before are forgotten."""
+        assert self.rows is not None
+        self.rows = self.rows[:, first - self.first :]
+        self.first = first
+        return self.rows[:, : last - first]
 
 
 def _name(size: Any) -> str:
     return str(getattr(size, "name", None) or size.dim)
-
-
-def _constant(alpha: Array) -> bool:
-    return bool(alpha.min() == alpha.max())
 
 
 def _image_scale(spec: ModelSpec) -> int:
@@ -314,9 +433,9 @@ def _image_scale(spec: ModelSpec) -> int:
     return scale
 
 
-def _target(array: Array, outscale: float | None, scale: int) -> tuple[int, int]:
+def _target(height: int, width: int, outscale: float | None, scale: int) -> tuple[int, int]:
     check_outscale(outscale)
-    height, width = (max(1, round(n * (outscale or scale))) for n in array.shape[:2])
+    height, width = (max(1, round(n * (outscale or scale))) for n in (height, width))
     if height * width > _PIXEL_LIMIT:
         raise OptionError(f"the result would be {width} x {height} pixels, more than {_PIXEL_LIMIT}")
     return height, width

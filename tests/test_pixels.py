@@ -9,7 +9,7 @@ import anysize
 import numpy as np
 import pytest
 from anysize import ImageError, OptionError, Tiling, Upscaler
-from anysize.pixels import constant_runs, quantise, split
+from anysize.pixels import constant_runs, fill_hidden, quantise, split
 from PIL import Image
 from toys import image_spec, nearest, numpy_session
 
@@ -214,7 +214,7 @@ def test_hidden_colour_is_that_of_the_nearest_visible_pixel() -> None:
     rgba[..., :3] = [255, 0, 255]  # hidden magenta
     rgba[2, 3] = [10, 20, 30, 255]
     rgba[0, 0] = [0, 0, 0, 255]  # visible black is not a hole
-    colour, alpha = split(rgba)
+    colour, alpha = split(fill_hidden(rgba))
     assert alpha.shape == (1, 5, 7)
     np.testing.assert_allclose(colour[:, 3, 4] * 255, [10, 20, 30], atol=1e-3)
     np.testing.assert_allclose(colour[:, 0, 0], 0, atol=1e-6)

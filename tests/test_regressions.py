@@ -141,7 +141,11 @@ def test_r05_every_pixel_written_once(backend: str, toybox: ToyBox) -> None:
             canvas = np.full((3, 2 * height, 2 * width), -7, np.float32).view(Counting)
             canvas.counts = np.zeros(canvas.shape, int)
             cut = grid(height, width, tile, 1, (1, 1))
-            run_grid(session, x, cut, canvas, lambda part: part, lambda: None, lambda: False)
+
+            def put(top: int, left: int, part: np.ndarray, canvas: np.ndarray = canvas) -> None:
+                canvas[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+
+            run_grid(session, x, cut, put, lambda: False)
             assert (canvas.counts == 1).all()
             np.testing.assert_array_equal(canvas, x.repeat(2, 1).repeat(2, 2))
 
@@ -292,8 +296,9 @@ def test_r14_tiny_pictures(backend: str, toybox: ToyBox, size: tuple[int, int]) 
     x = np.random.default_rng(0).random((*size, 3), np.float32)
     session = toybox.session("EncoderDecoder", backend)
     after = (-size[0] % 4, -size[1] % 4)
-    mode = "reflect" if after[0] < size[0] and after[1] < size[1] else "edge"
-    padded = np.pad(x, ((0, after[0]), (0, after[1]), (0, 0)), mode=mode)
+    modes = ["reflect" if n < s else "edge" for n, s in zip(after, size, strict=True)]
+    padded = np.pad(x, ((0, after[0]), (0, 0), (0, 0)), mode=modes[0])
+    padded = np.pad(padded, ((0, 0), (0, after[1]), (0, 0)), mode=modes[1])
     want = session(padded.transpose(2, 0, 1)[None])[0].transpose(1, 2, 0)[: size[0], : size[1]].clip(0, 1)
     for tiling in (Tiling(), Tiling("tile", 8, "exact"), Tiling("tile", 64, 32)):
         got = Upscaler(session, tiling=tiling)(x)

@@ -1,0 +1,248 @@
+"""Which way a picture goes through a model: in bands, whole, or in tiles, and within what memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from anysize.backends.base import Array
+from anysize.backends.errors import (
+    BackendUnavailableError,
+    MemoryBudgetError,
+    NotStreamable,
+    OptionError,
+)
+from anysize.backends.spec import Dim
+from anysize.exporters.radius import image_step
+from anysize.session import Session
+from anysize.streaming import BandRunner
+from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans
+
+#: "auto" runs pictures up to this many pixels whole: below, compiling two more programs takes longer than
+#: bands could save, and the result is the same
+WHOLE_PIXELS = 256 * 256
+#: "auto" takes an exact halo while it costs less than this many times the picture's own pixels
+MAX_EXACT_WORK = 2.5
+#: ... and otherwise the smallest of these halos whose measured error stays below the bound
+HALOS = (16, 32, 48, 64, 96, 128)
+HALO_ERROR = 0.5 / 255
+_LARGEST_TILE = 640
+_SMALLEST_TILE = 32
+_UNKNOWN_REACH = 256
+
+#: gives the model's input planes, (C, H, W) each, where a plan has to measure on the picture
+Inputs = Callable[[], list[Array]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one picture runs, and why. All sizes in input pixels.
+
+    `cut`: the tiles, for the methods tile (and whole, which is one); `bands` runs `strips` (an extent and the
+    columns it is cut in) of `tile` rows, for the method stream. The rest as in `Report`.
+    """
+
+    method: str
+    reason: str
+    tile: int | None = None
+    overlap: int | None = None
+    exact: bool = True
+    max_error: float | None = None
+    cut: Grid | None = None
+    bands: BandRunner | None = None
+    strips: tuple[int, tuple[Span, ...]] = (0, ())
+
+
+def make_plan(session: Session, tiling: Tiling, height: int, width: int, held: int, inputs: Inputs) -> Plan:
+    """Choose for a padded picture of (height, width); `held`: bytes its pixels and the result will take.
+
+    Raises `OptionError` for a request the model cannot serve, `NotStreamable`, `MemoryBudgetError`.
+    """
+    return _Planner(session, tiling, height, width, held).plan(inputs)
+
+
+def stream_plan(session: Session, tiling: Tiling, height: int, width: int, held: int) -> Plan | None:
+    """The same where bands will run, which needs no look at the pixels; else None."""
+    planner = _Planner(session, tiling, height, width, held)
+    return planner.streamed() if planner.may_stream() else None
+
+
+def _resident() -> int:
+    """Bytes of memory this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+class _Planner:
+    def __init__(self, session: Session, tiling: Tiling, height: int, width: int, held: int) -> None:
+        self.session, self.tiling, self.height, self.width = session, tiling, height, width
+        self.spec = session.spec
+        self.steps = (image_step(self.spec, 2), image_step(self.spec, 3))
+        self.fixed = any(isinstance(s, int) for s in self.spec.inputs[0].shape[2:])
+        self.asked = tiling.tile is not None or tiling.overlap != "exact"
+        self.why_not = ""  # no bands
+        budget = tiling.memory
+        assert budget is None or isinstance(budget, int)
+        self.budget = budget
+        self.spare = None if budget is None else budget - _resident() - held
+
+    # -- bands
+
+    def may_stream(self) -> bool:
+        """Whether bands are wanted at all; `streamed` says whether they can be."""
+        if self.tiling.method == "auto":
+            return not (self.asked or self.fixed or self.height * self.width <= WHOLE_PIXELS)
+        return self.tiling.method == "stream"
+
+    def streamed(self) -> Plan | None:
+        """The plan in bands, or None, and then why not in `why_not`."""
+        try:
+            bands = self.session.bands()
+        except (NotStreamable, BackendUnavailableError) as error:
+            if self.tiling.method == "stream":
+                raise
+            self.why_not = str(error)
+            return None
+        step = bands.model.step
+        rows = round_up(self.tiling.tile, step) if self.tiling.tile else bands.default_band(self.width)
+        if self.height < bands.shortest():
+            self.why_not = f"{self.height} rows are fewer than the {bands.shortest()} that bands begin with"
+            return None
+        if self._least() > 1 and self.height <= self._least():
+            self.why_not = "the picture is as small as the model takes"
+            return None
+        radius = self.spec.radius
+        core = self.width
+        while True:
+            halo = 0 if core >= self.width else radius or 0
+            strips = spans(self.width, core, halo, self.steps[1])
+            if self.spare is None:
+                break
+            cost = bands.bytes(self.height, strips[0], rows, len(strips[1]))
+            if cost is None or cost <= self.spare:
+                break
+            if rows > max(8, step) and self.tiling.tile is None:
+                rows = max(round_up(rows // 2, step), step)
+            elif radius is not None and core > max(2 * radius, _SMALLEST_TILE):
+                core = round_up(core // 2, self.steps[1])
+            else:
+                self.why_not = self._short(cost)
+                if self.tiling.method == "stream":
+                    raise MemoryBudgetError(self.why_not)
+                return None
+        reason = "the model runs in bands of rows, which is exact and computes nothing twice"
+        if len(strips[1]) > 1:
+            reason += f"; {len(strips[1])} strips of columns to stay within the memory allowed"
+        return Plan("stream", reason, rows, halo, bands=bands, strips=strips)
+
+    def _least(self) -> int:
+        """The smallest height the model takes."""
+        size = self.spec.inputs[0].shape[2]
+        return size.min if isinstance(size, Dim) else 0
+
+    def _short(self, cost: int) -> str:
+        have = max(self.spare or 0, 0)
+        return (
+            f"a memory limit of {(self.budget or 0) / 2**20:.0f} MiB leaves {have / 2**20:.0f} MiB for the "
+            f"model, which needs about {cost / 2**20:.0f} MiB"
+        )
+
+    # -- the rest
+
+    def plan(self, inputs: Inputs) -> Plan:
+        method = self.tiling.method
+        if method == "tile" and self.fixed:
+            raise OptionError(
+                f"this model takes one size only ({self.spec.inputs[0]}), so it cannot be tiled"
+            )
+        if self.may_stream():
+            streamed = self.streamed()
+            if streamed is not None:
+                return streamed
+        reason = self.why_not or "as asked"
+        small = self.height * self.width <= WHOLE_PIXELS
+        if method in ("auto", "stream"):
+            tileable = self.spec.tileable or self.asked
+            if self.fixed:
+                method, reason = "whole", "the model takes one size only"
+            elif method == "stream" or not tileable or (small and not self.asked):
+                method = "whole"
+                reason = self.why_not or (
+                    "a picture this small gains nothing from being cut"
+                    if small
+                    else "the model cannot be tiled"
+                )
+            else:
+                method = "tile"
+        if method == "whole":
+            cost = self._fits(self.height, self.width)
+            if not cost:
+                cut = grid(self.height, self.width, max(self.height, self.width), 0, self.steps)
+                return Plan("whole", reason, cut=cut)
+            if self.tiling.method == "whole" or not self.spec.tileable:
+                raise MemoryBudgetError(self._short(cost))
+            reason = self._short(cost)
+        return replace(self._tiled(inputs), reason=reason)
+
+    def _fits(self, height: int, width: int) -> int:
+        """0 if a program for this size stays within the memory allowed, else the bytes it takes."""
+        if self.spare is None:
+            return 0
+        names = [s.name for s in self.spec.inputs[0].shape[2:] if isinstance(s, Dim)]
+        sizes = {name: dim.min for name, dim in self.spec.dims.items()}
+        cost = self.session.working_bytes({**sizes, **dict(zip(names, (height, width), strict=False))})
+        if cost is None:
+            raise MemoryBudgetError(
+                "the memory this model takes cannot be told in advance: convert it to a .onnx file of one "
+                "piece, or set no limit"
+            )
+        return cost if cost > self.spare else 0
+
+    def _tiled(self, inputs: Inputs) -> Plan:
+        if self.tiling.overlap != "exact":
+            return self._checked(self._grid(self.tiling.tile or 256, self.tiling.overlap), inputs)
+        if self.spec.radius is None or not self.spec.tileable:
+            raise OptionError(
+                "this model has no known receptive radius (it looks at the whole picture), so exact tiles "
+                "are impossible; use method 'whole', or insist with an overlap in pixels"
+            )
+        radius = self.spec.radius
+        if self.tiling.method == "tile" or self.tiling.tile is not None:
+            return self._checked(self._grid(self.tiling.tile or max(128, 512 - 2 * radius), radius), inputs)
+        cut = self._grid(max(128, _LARGEST_TILE - 2 * radius), radius)
+        if cut[0].work <= MAX_EXACT_WORK:
+            return self._checked(cut, inputs)
+        for halo in HALOS:  # the smallest that is good enough on this picture's own busiest tiles
+            plan = self._checked(self._grid(_LARGEST_TILE - 2 * halo, halo), inputs)
+            if plan.exact or (plan.max_error or 0.0) <= HALO_ERROR:
+                break
+        return plan
+
+    def _grid(self, core: int, halo: int) -> tuple[Grid, int, int]:
+        """Tiles with their core and halo; a core nobody asked for shrinks into the memory allowed."""
+        while True:
+            cut = grid(self.height, self.width, core, halo, self.steps)
+            cost = self._fits(*cut.shape)
+            if not cost:
+                return cut, core, halo
+            if self.tiling.tile is not None or core <= _SMALLEST_TILE:
+                raise MemoryBudgetError(self._short(cost))
+            core = max(_SMALLEST_TILE, core // 2)
+
+    def _checked(self, tiles: tuple[Grid, int, int], inputs: Inputs) -> Plan:
+        """The plan for these tiles, its error measured where they are not exact."""
+        cut, core, halo = tiles
+        single = len(cut.rows) == len(cut.columns) == 1
+        known = self.spec.radius if self.spec.tileable else None
+        exact = single or (known is not None and halo >= known)
+        error = None
+        if not exact:
+            # Without a radius a much larger halo is the best reference there is.
+            reach = known if known is not None else _UNKNOWN_REACH
+            low, high = self.spec.value_range
+            errors = [measured_error(self.session, part, cut, reach, self.steps) for part in inputs()]
+            error = max(errors) / (high - low)
+        tile = max(round_up(core, step) for step in self.steps)
+        overlap = max(round_up(halo, step) for step in self.steps)
+        return Plan("tile", "", tile, overlap, exact, error, cut)

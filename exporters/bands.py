@@ -86,6 +86,7 @@ def band_model(model: Model) -> BandModel:
     """
     try:
         import onnx
+        import onnx.reference
     except ImportError as error:
         raise BackendUnavailableError(
             f"streaming reads the model with onnx: pip install onnx ({error})", name="onnx"
@@ -125,7 +126,7 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
     """Sort the graph's nodes into those on pictures, on weights, and on sizes."""
     if any(i.domain in ("", "ai.onnx") and i.version < 13 for i in proto.opset_import):
         raise NotStreamable("the graph is of an ONNX opset before 13; export it again")
-    shapes = [_infer(onnx, proto, spec, size) for size in _SIZES]
+    shapes = [infer_shapes(onnx, proto, {spec.inputs[0].name: (1, spec.channels or 0, *s)}) for s in _SIZES]
     weights = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
     name = spec.inputs[0].name
     network = _Network(proto, spec, {name: _tensor(name, shapes)}, [])
@@ -161,16 +162,6 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
 def _constant(onnx: Any, node: Any) -> Array:
     value = onnx.helper.get_attribute_value(node.attribute[0])
     return onnx.numpy_helper.to_array(value) if node.attribute[0].name == "value" else np.asarray(value)
-
-
-def _infer(
-    onnx: Any, proto: Any, spec: ModelSpec, size: tuple[int, int]
-) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and element type of the tensors, for one picture of this size."""
-    try:
-        return infer_shapes(onnx, proto, {spec.inputs[0].name: (1, spec.channels or 0, *size)})
-    except Exception as error:  # onnx's own classes, and protobuf's
-        raise NotStreamable(f"the shapes of this graph cannot be inferred: {error}") from error
 
 
 def _tensor(name: str, shapes: list[dict[str, tuple[tuple[int, ...], int]]]) -> _Tensor:

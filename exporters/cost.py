@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Model
+
+_SMALL = 4096  # numbers in a weight that may be part of a computation of sizes
 
 
 def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
@@ -25,6 +28,7 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
         return None
     try:
         import onnx
+        import onnx.reference
     except ImportError:
         return None
     proto = onnx.load_model_from_string(model.data)
@@ -46,29 +50,60 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
 def infer_shapes(
     onnx: Any, proto: Any, inputs: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and element type of every tensor that inference can tell, for inputs of these shapes.
+    """Shape and element type of every tensor that can be told for inputs of these shapes.
 
-    Raises whatever onnx raises for a graph it cannot infer.
+    Sizes that a graph computes from its input's are computed too, which onnx's own inference over a whole
+    graph does for a few operators only.
     """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(proto)
-    del fixed.graph.value_info[:]
-    for value in fixed.graph.input:
+    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    types: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for value in proto.graph.input:
+        kind = value.type.tensor_type.elem_type
         if value.name in inputs:
-            dims = value.type.tensor_type.shape.dim
-            for dim, size in zip(dims, inputs[value.name], strict=True):
-                dim.dim_value = size
-    for output in fixed.graph.output:
-        output.type.tensor_type.ClearField("shape")
-    graph = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
-    known = {}
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        kind = value.type.tensor_type
-        if kind.HasField("shape") and all(d.HasField("dim_value") for d in kind.shape.dim):
-            known[value.name] = (tuple(d.dim_value for d in kind.shape.dim), kind.elem_type)
-    for weight in graph.initializer:
-        known[weight.name] = (tuple(weight.dims), weight.data_type)
-    return known
+            types[value.name] = onnx.helper.make_tensor_type_proto(kind, inputs[value.name])
+    for weight in proto.graph.initializer:
+        types[weight.name] = onnx.helper.make_tensor_type_proto(weight.data_type, weight.dims)
+        if math.prod(weight.dims) <= _SMALL:
+            values[weight.name] = onnx.numpy_helper.to_array(weight)
+    for node in proto.graph.node:
+        present = [name for name in node.input if name]
+        if node.op_type == "Shape" and node.input[0] in types:
+            ends = {a.name: a.i for a in node.attribute}
+            shape = _shape(types[node.input[0]])
+            values[node.output[0]] = np.array(shape[ends.get("start", 0) : ends.get("end")], np.int64)
+        elif all(name in values for name in present):
+            with contextlib.suppress(Exception):  # what cannot be computed stays unknown
+                results = onnx.reference.ReferenceEvaluator(node).run(None, {n: values[n] for n in present})
+                values.update(zip(node.output, results, strict=True))
+        known = {name: values[name] for name in node.output if name in values}
+        for name, array in known.items():
+            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+            types[name] = onnx.helper.make_tensor_type_proto(kind, array.shape)
+        if len(known) < len(node.output) and all(name in types for name in present):
+            with contextlib.suppress(Exception):
+                types.update(
+                    onnx.shape_inference.infer_node_outputs(
+                        onnx.defs.get_schema(node.op_type, opset, node.domain),
+                        node,
+                        {name: types[name] for name in present},
+                        {n: onnx.numpy_helper.from_array(values[n]) for n in present if n in values},
+                        opset_imports=list(proto.opset_import),
+                        ir_version=proto.ir_version,
+                    )
+                )
+    return {
+        name: (_shape(kind), kind.tensor_type.elem_type) for name, kind in types.items() if _is_fixed(kind)
+    }
+
+
+def _is_fixed(kind: Any) -> bool:
+    tensor = kind.tensor_type
+    return tensor.HasField("shape") and all(d.HasField("dim_value") for d in tensor.shape.dim)
+
+
+def _shape(kind: Any) -> tuple[int, ...]:
+    return tuple(dim.dim_value for dim in kind.tensor_type.shape.dim)
 
 
 def _bytes(onnx: Any, shape: tuple[int, ...], kind: int) -> int:

@@ -307,8 +307,11 @@ def _shuffle(node: Any, facts: Facts) -> list[Operator]:
 
 
 def _reshape(node: Any, facts: Facts) -> list[Operator]:
-    """Reshape - Transpose - Reshape that is a shuffle of pixels into channels or back."""
+    """Reshape - Transpose - Reshape that shuffles pixels into channels or back; or a Reshape of nothing."""
     helper = facts.onnx.helper
+    if all(s[node.output[0]] == s[node.input[0]] for s in facts.shapes if node.output[0] in s):
+        same = helper.make_node("Identity", [node.input[0]], [node.output[0]])
+        return [Operator((same,), (node.input[0],), node.output[0], cheap=True)]
     source, wide = facts.shape(node.input[0]), facts.shape(node.output[0])
     chain = [node]
     for kind in ("Transpose", "Reshape"):

@@ -101,12 +101,13 @@ class BandRun:
         self._extent, self._columns = strips
         self._states: list[dict[str, Array]] = [{} for _ in self._columns]
         self._sequences: list[Sequence] = []
+        self._pushed = 0
         self.engine_seconds = 0.0
 
     def push(self, band: Band, pixels: Array) -> Array:
         """Run the next band, (C, rows, W) model input; return the output rows now there, (C', rows, W*scale).
 
-        Raises `ExecutionError` or `IntegrityError`, which name the band's first row and the strip.
+        Raises `ExecutionError` or `IntegrityError`, whose `tile` is the band and the strip.
         """
         scale, parts = self._runner.scale, []
         for j, column in enumerate(self._columns):
@@ -115,11 +116,12 @@ class BandRun:
             try:
                 result = self._run(band.part, j, window)
             except (ExecutionError, IntegrityError) as error:
-                error.tile = (band.top, j)
+                error.tile, error.shape = (self._pushed, j), {self._runner.input: window.shape}
                 raise
             self.engine_seconds += time.perf_counter() - started
             left, right = ((edge - column.start) * scale for edge in (column.first, column.last))
             parts.append(result[0, :, :, left:right])
+        self._pushed += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
 
     def _run(self, part: str, strip: int, window: Array) -> Array:

@@ -284,3 +284,55 @@ def too_large(outputs: dict[str, Array]) -> dict[str, Array]:
 
 def too_small(outputs: dict[str, Array]) -> dict[str, Array]:
     return {k: v[..., :-1, :] for k, v in outputs.items()}
+
+
+class UShaped(nn.Module):
+    """A stride-2 stage down, two convolutions there, and up again beside a skip: multiples of 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.head = nn.Conv2d(3, 6, 3, padding=1)
+        self.down = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(8, 8, 3, padding=1)
+        self.tail = nn.Conv2d(14, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = F.leaky_relu(self.head(x), 0.1)
+        b = F.relu(self.deep(F.relu(self.down(a))))
+        up = F.interpolate(b, scale_factor=2.0, mode="nearest")
+        return self.tail(torch.cat((up, a), 1)) + x
+
+
+class Branches(nn.Module):
+    """Parallel branches of different depth, added, multiplied and joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(12)
+        self.short = nn.Conv2d(3, 6, 1)
+        self.long = nn.Sequential(*(nn.Conv2d(3 if i == 0 else 6, 6, 3, padding=1) for i in range(4)))
+        self.wide = nn.Conv2d(3, 6, 5, padding=2)
+        self.tail = nn.Conv2d(12, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        long, wide = self.long(x), F.silu(self.wide(x))
+        joined = torch.cat((self.short(x) + long, wide * long), 1)
+        return F.pixel_shuffle(self.tail(joined), 2) + F.interpolate(x, scale_factor=2.0, mode="bilinear")
+
+
+class Dilated(nn.Module):
+    """Dilations 1, 2 and 3, with a residual of scale 0.2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(13)
+        self.layers = nn.ModuleList(
+            nn.Conv2d(3 if d == 1 else 5, 5 if d < 3 else 3, 3, padding=d, dilation=d) for d in (1, 2, 3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for layer in self.layers:
+            y = torch.tanh(layer(y))
+        return x + 0.2 * y

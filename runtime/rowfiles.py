@@ -40,7 +40,9 @@ class RowReader:
         self.alpha_range = self._alpha_range() if self.channels in (2, 4) and self.upright else None
         self._region = pyvips.Region.new(self.header)
         self._worker = ThreadPoolExecutor(1)
-        self._next: tuple[int, int, Future[Array]] | None = None
+        # rows that have been decoded but not asked for, and those that are being decoded after them
+        self._held: Array = np.empty((0, self.width, self.channels), self.dtype)
+        self._ahead: Future[Array] | None = None
 
     def _alpha_range(self) -> tuple[float, float]:
         """By decoding the file once more: what to do with colour depends on all of the alpha."""
@@ -52,21 +54,18 @@ class RowReader:
 
     def read(self, top: int, bottom: int) -> Array:
         """Rows [top, bottom), which begin where the last ended."""
-        if self._next is not None and self._next[:2] == (top, bottom):
-            rows = self._next[2].result()
-        elif self._next is not None and self._next[0] == top:
-            ahead = self._next[2].result()
-            have = ahead[: bottom - top]
-            rest = bottom - top - len(have)
-            rows = np.concatenate((have, self._fetch(top + len(have), bottom))) if rest > 0 else have
-            if rest < 0:
-                raise AssertionError("bands do not get shorter, except for the last")
-        else:
-            rows = self._fetch(top, bottom)
-        following = min(2 * bottom - top, self.height)
-        self._next = None
-        if following > bottom:
-            self._next = (bottom, following, self._worker.submit(self._fetch, bottom, following))
+        want = bottom - top
+        if top + len(self._held) < bottom and self._ahead is not None:
+            self._held = np.concatenate((self._held, self._ahead.result()))
+            self._ahead = None
+        have = top + len(self._held)
+        if have < bottom:
+            self._held = np.concatenate((self._held, self._fetch(have, bottom)))
+            have = bottom
+        rows, self._held = self._held[:want], self._held[want:]
+        if self._ahead is None and len(self._held) < want and have < self.height:
+            following = min(have + want, self.height)
+            self._ahead = self._worker.submit(self._fetch, have, following)
         return rows
 
     def _fetch(self, top: int, bottom: int) -> Array:

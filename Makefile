@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench acceptance clean
+.PHONY: demo test check dev bench bench-streaming acceptance clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -24,6 +24,10 @@ dev: build/.dev-$(FILES)
 
 bench: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/throughput.py
+
+# Streaming against the whole picture, tiles and the raw engine; needs ../shared/assets.
+bench-streaming: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/streaming.py $(PARTS)
 
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)

@@ -102,7 +102,7 @@ class PassedStates(Sequence):
         return outputs
 
     def states(self) -> dict[str, Array]:
-        return dict(self._states)
+        return {name: np.array(value) for name, value in self._states.items()}
 
 
 class Backend(ABC):

@@ -108,10 +108,10 @@ class _Sequence(Sequence):
         results = self._session.run_with_ort_values(self._names, {**values, **self._states})
         outputs = dict(zip(self._names, results, strict=True))
         self._states = {name: outputs.pop(following) for name, following in self._links.items()}
-        return {name: value.numpy() for name, value in outputs.items()}
+        return {name: np.array(value.numpy()) for name, value in outputs.items()}  # numpy() may be a view
 
     def states(self) -> dict[str, Array]:
-        return {name: value.numpy() for name, value in self._states.items()}
+        return {name: np.array(value.numpy()) for name, value in self._states.items()}
 
 
 def _port(node: Any) -> Port:

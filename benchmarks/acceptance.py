@@ -37,6 +37,11 @@ class Table:
         self.rows.append({"what": what, "figure": figure, "bound": bound, "ok": ok})
         print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} (at most {bound:g})", flush=True)
 
+    def at_least(self, what: str, figure: float, bound: float) -> None:
+        ok = bool(figure >= bound)
+        self.rows.append({"what": what, "figure": figure, "bound": bound, "ok": ok})
+        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} (at least {bound:g})", flush=True)
+
 
 def agreement(table: Table, weights: str) -> None:
     """Three engines whole, in float and as PNG; tiles of 64 against the whole on each."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array, Model
-from anysize.backends.errors import BackendUnavailableError, ModelLoadError, NotStreamable
+from anysize.backends.errors import BackendUnavailableError, NotStreamable
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
 from anysize.exporters.cost import infer_shapes
-from anysize.exporters.operators import Facts, Operator, read_operator
+from anysize.exporters.operators import Facts, Operator, read_operator, refuse
 from anysize.exporters.radius import image_step
 
 _END = np.iinfo(np.int64).max
@@ -99,8 +99,8 @@ def band_model(model: Model) -> BandModel:
         raise NotStreamable("not a model of one picture of any size to one picture")
     try:
         proto = onnx.load_model_from_string(model.data)
-    except Exception as error:
-        raise ModelLoadError(f"onnx cannot read this model: {error}") from error
+    except Exception as error:  # protobuf's own classes; an engine may read what this onnx cannot
+        raise NotStreamable(f"onnx cannot read this model: {error}") from error
     network = _read(onnx, proto, spec)
     _trace(network)
     source = network.tensors[spec.inputs[0].name]
@@ -140,6 +140,8 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
     for node in proto.graph.node:
         if node.output[0] in absorbed:
             continue
+        if any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise refuse(node, "what it runs is chosen at run time")
         if node.op_type == "Constant":
             weights[node.output[0]] = _constant(onnx, node)
         if any(i in network.tensors for i in node.input):
@@ -167,7 +169,7 @@ def _constant(onnx: Any, node: Any) -> Array:
 def _tensor(name: str, shapes: list[dict[str, tuple[tuple[int, ...], int]]]) -> _Tensor:
     rates = []
     for known, (height, width) in zip(shapes, _SIZES, strict=True):
-        if name not in known or len(known[name][0]) != 4:
+        if name not in known or len(known[name][0]) != 4 or known[name][0][0] != 1:
             raise NotStreamable(f"tensor '{name}' is not an NCHW picture of known size")
         (_, channels, rows, columns), dtype = known[name]
         rates.append((Fraction(rows, height), Fraction(columns, width), channels))
@@ -260,15 +262,15 @@ class _Writer:
         joined = fresh
         shape = self._state_shape(tensor)
         if kept and self.part != "first":
-            state = f"{tensor}.state"
+            state = f"bands/{tensor}/state"
             self._port(self.inputs, state, self.network.tensors[tensor], shape)
-            joined = self._fresh(f"{tensor}.joined")
+            joined = self._fresh(f"{tensor}/joined")
             self.nodes.append(self.onnx.helper.make_node("Concat", [state, fresh], [joined], axis=2))
         if kept and self.part != "last":
-            following = f"{tensor}.next"
+            following = f"bands/{tensor}/next"
             self._slice(joined, -kept, _END, following)
             self._port(self.outputs, following, self.network.tensors[tensor], shape)
-            self.states[f"{tensor}.state"] = following
+            self.states[f"bands/{tensor}/state"] = following
         self.names[tensor] = joined
 
     def _state_shape(self, name: str) -> tuple[Size, ...]:
@@ -279,7 +281,7 @@ class _Writer:
         """Rows of a tensor without `begin` at the top and `end` at the bottom."""
         if not begin and not end:
             return name
-        return self._slice(name, begin, -end if end else _END, self._fresh(f"{name}.rows"))
+        return self._slice(name, begin, -end if end else _END, self._fresh(f"{name}/rows"))
 
     def _slice(self, name: str, begin: int, end: int, into: str) -> str:
         bounds = [self._weight(np.array([v], np.int64)) for v in (begin, end, 2)]
@@ -287,10 +289,10 @@ class _Writer:
         return into
 
     def _fresh(self, name: str) -> str:
-        return f"{name}.{len(self.nodes)}"
+        return f"bands/{name.removeprefix('bands/')}/{len(self.nodes)}"
 
     def _weight(self, values: Array) -> str:
-        name = f"bands.{values.dtype.name}.{'.'.join(map(str, values.ravel()))}"
+        name = f"bands/{'/'.join(map(str, values.ravel()))}"
         self.initializers[name] = self.onnx.numpy_helper.from_array(values, name)
         return name
 

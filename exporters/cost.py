@@ -55,7 +55,7 @@ def infer_shapes(
     Sizes that a graph computes from its input's are computed too, which onnx's own inference over a whole
     graph does for a few operators only.
     """
-    opset = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     types: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for value in proto.graph.input:

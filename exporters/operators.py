@@ -70,7 +70,7 @@ class Operator:
         for template in self.nodes:
             node = type(template)()
             node.CopyFrom(template)
-            inner = [names.setdefault(n, n if n == self.output else f"{output}.{n}") for n in node.output]
+            inner = [names.setdefault(n, n if n == self.output else f"{output}/{n}") for n in node.output]
             node.input[:] = [names.get(n, n) for n in template.input]
             node.output[:] = inner
             node.name = ""
@@ -116,7 +116,7 @@ class Facts:
 
 #: operators whose every output value depends on the input values at the same place alone
 _POINTWISE = """
-Abs Add BatchNormalization Cast Ceil Celu Clip Cos Div Dropout Elu Equal Erf Exp Floor Gelu Greater
+Abs Add Cast Ceil Celu Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater
 GreaterOrEqual HardSigmoid HardSwish LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg PRelu Pow
 Reciprocal Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Tanh ThresholdedRelu Where
 """
@@ -198,6 +198,14 @@ def _conv(node: Any, facts: Facts) -> list[Operator]:
     return [Operator((node,), (node.input[0],), node.output[0], window, pads=(top, bottom))]
 
 
+def _batch_norm(node: Any, facts: Facts) -> list[Operator]:
+    if facts.attributes(node).get("training_mode", 0) or len(node.output) > 1:
+        raise refuse(node, "its statistics are of the whole picture")
+    if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
+        raise refuse(node, "its statistics are computed from the picture")
+    return [Operator((node,), (node.input[0],), node.output[0])]
+
+
 def _resize(node: Any, facts: Facts) -> list[Operator]:
     settings = facts.attributes(node)
     source, output = node.input[0], node.output[0]
@@ -225,7 +233,9 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
     scales = np.array([1, 1, factor, int(columns)], np.float32)
     template = type(node)()
     template.CopyFrom(node)
-    template.input[:] = [source, "", f"{output}.scales"]
+    template.input[:] = [source, "", f"bands/{output}/scales"]
+    for attribute in [a for a in template.attribute if a.name in ("axes", "keep_aspect_ratio_policy")]:
+        template.attribute.remove(attribute)
     return [
         Operator(
             (template,),
@@ -233,7 +243,7 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
             output,
             window,
             cheap=mode == "nearest",
-            weights={f"{output}.scales": scales},
+            weights={f"bands/{output}/scales": scales},
         )
     ]
 
@@ -289,7 +299,7 @@ def _split(node: Any, facts: Facts) -> list[Operator]:
         if shape is None:
             raise refuse(node, f"the size of '{output}' is unknown")
         bounds = {
-            f"{output}.{name}": np.array([value], np.int64)
+            f"bands/{output}/{name}": np.array([value], np.int64)
             for name, value in (("begin", begin), ("end", begin + shape[1]), ("axis", 1))
         }
         cut = facts.onnx.helper.make_node("Slice", [node.input[0], *bounds], [output])
@@ -341,7 +351,7 @@ def _reshape(node: Any, facts: Facts) -> list[Operator]:
         window = Window(up=block, after=block - 1)
         return [Operator((made,), (node.input[0],), output, window, absorbs=absorbs)]
     # ONNX's own order of channels is (row, column, channel)
-    inner_name, indices = f"{output}.deep", f"{output}.channels"
+    inner_name, indices = f"bands/{output}/deep", f"bands/{output}/channels"
     deep = helper.make_node(
         kind, [node.input[0]], [inner_name if channels == "CRD" else output], blocksize=block
     )
@@ -367,6 +377,7 @@ def _identity(node: Any, facts: Facts) -> list[Operator]:
 
 
 _READERS: dict[str, Callable[[Any, Facts], list[Operator]]] = {
+    "BatchNormalization": _batch_norm,
     "Conv": _conv,
     "Resize": _resize,
     "Concat": _channels,

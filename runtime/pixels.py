@@ -111,10 +111,12 @@ def to_float(array: Array) -> Array:
 
 def quantise(values: Array, dtype: np.dtype[Any]) -> Array:
     """Float values -> 0..1 clipped -> `dtype`, rounded to the nearest step."""
-    clipped = np.clip(values, 0, 1)
     if dtype.kind == "f":
-        return clipped.astype(dtype, copy=False)
-    return np.rint(clipped * np.float32(_FULL[dtype.name])).astype(dtype)
+        return np.clip(values, 0, 1).astype(dtype, copy=False)
+    full = np.float32(_FULL[dtype.name])
+    levels = values * full
+    np.rint(levels, out=levels)
+    return np.clip(levels, 0, full, out=levels).astype(dtype)
 
 
 def split(array: Array) -> tuple[Array, Array | None]:

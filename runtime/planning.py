@@ -185,7 +185,8 @@ class _Planner:
             if self.tiling.method == "whole" or not self.spec.tileable:
                 raise MemoryBudgetError(self._short(cost))
             reason = self._short(cost)
-        return replace(self._tiled(inputs), reason=reason)
+        plan = self._tiled(inputs)
+        return replace(plan, reason="; ".join(filter(None, (reason, plan.reason))))
 
     def _fits(self, height: int, width: int) -> int:
         """0 if a program for this size stays within the memory allowed, else the bytes it takes."""
@@ -215,12 +216,17 @@ class _Planner:
             return self._checked(self._grid(self.tiling.tile or max(128, 512 - 2 * radius), radius), inputs)
         cut = self._grid(max(128, _LARGEST_TILE - 2 * radius), radius)
         if cut[0].work <= MAX_EXACT_WORK:
-            return self._checked(cut, inputs)
+            reason = f"tiles with an exact halo cost {cut[0].work:.2f} times the picture's own pixels"
+            return replace(self._checked(cut, inputs), reason=reason)
         for halo in HALOS:  # the smallest that is good enough on this picture's own busiest tiles
             plan = self._checked(self._grid(_LARGEST_TILE - 2 * halo, halo), inputs)
             if plan.exact or (plan.max_error or 0.0) <= HALO_ERROR:
                 break
-        return plan
+        reason = (
+            f"tiles with an exact halo would cost {cut[0].work:.2f} times the picture's own pixels; a halo "
+            f"of {plan.overlap} errs by {255 * (plan.max_error or 0.0):.2f}/255 where its edges are strongest"
+        )
+        return replace(plan, reason=reason)
 
     def _grid(self, core: int, halo: int) -> tuple[Grid, int, int]:
         """Tiles with their core and halo; a core nobody asked for shrinks into the memory allowed."""

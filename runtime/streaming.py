@@ -12,7 +12,7 @@ from anysize.backends.errors import ExecutionError, IntegrityError
 from anysize.backends.spec import Dim
 from anysize.exporters.bands import BandModel, band_model
 from anysize.exporters.cost import working_bytes
-from anysize.guard import Sequence, ShapeGuard, Stats
+from anysize.guard import Sequence, ShapeGuard, Stats, Strategy
 from anysize.tiling import Span, round_up
 
 #: Pixels of a band at four bytes a number: activations of 64 channels are then about the size of two cores'
@@ -44,10 +44,11 @@ class BandRunner:
     def __init__(self, guard: ShapeGuard) -> None:
         """Raises `NotStreamable`, `BackendUnavailableError`."""
         self.model: BandModel = band_model(guard.model)
+        # states can be kept inside a program of fixed shapes only; an engine that gains nothing from such
+        # programs has one for all widths
+        shapes: Strategy = "static" if guard.backend.prefers_static else "dynamic"
         self.guards = {
-            part: ShapeGuard(
-                guard.backend, getattr(self.model, part), guard.options, "static", guard.max_live
-            )
+            part: ShapeGuard(guard.backend, getattr(self.model, part), guard.options, shapes, guard.max_live)
             for part in ("first", "middle", "last")
         }
         spec = guard.spec

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from anysize import ModelLoadError, OptionError
 from anysize.backends import SPEC_KEY, EngineOptions, Executable, Model, ModelSpec, get_backend
+from anysize.exporters.bands import band_model
 from conftest import ToyBox
 
 F32 = EngineOptions()
@@ -186,3 +187,35 @@ def test_a_damaged_file_is_a_load_error(backend: str) -> None:
     damaged = Model("onnx", b"not an ONNX file at all") if "onnx" in engine.formats else Model("module", None)
     with pytest.raises(ModelLoadError):
         engine.compile(damaged, None, F32)
+
+
+def test_a_sequence_carries_its_states(backend: str, toybox: ToyBox) -> None:
+    """What a run leaves is what the next begins with, however the engine keeps it."""
+    engine = get_backend(backend)
+    if "onnx" not in engine.formats:
+        pytest.skip(f"{backend} takes no graphs, so nothing of its own has states")
+    _, whole = toybox.make("UShaped")
+    middle = band_model(whole).middle
+    shapes = middle.spec.input_shapes({"rows": 8, "w": 16})
+    program = engine.compile(middle, shapes, EngineOptions())
+    rng = np.random.default_rng(0)
+    start = {n: rng.random(s, np.float32) for n, s in shapes.items() if n in middle.states}
+    feeds = [{"x": rng.random(shapes["x"], np.float32)} for _ in range(3)]
+    states, want = dict(start), []
+    for feed in feeds:
+        outputs = program.run({**feed, **states})
+        states = {name: outputs.pop(following) for name, following in middle.states.items()}
+        want.append(outputs)
+    first, second = (program.sequence(middle.states, start) for _ in range(2))
+    for feed, outputs in zip(feeds, want, strict=True):  # side by side: neither sees the other
+        for sequence in (first, second):
+            got = sequence.run(feed)
+            assert set(got) == set(outputs)
+            for name, value in outputs.items():
+                np.testing.assert_array_equal(got[name], value)
+    left = first.states()
+    for name, value in states.items():
+        np.testing.assert_array_equal(left[name], value)
+        left[name][...] = 7  # the caller's own
+    for name, value in first.states().items():
+        np.testing.assert_array_equal(value, states[name])

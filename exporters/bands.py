@@ -29,9 +29,9 @@ from anysize.exporters.operators import Facts, Operator, read_operator, refuse
 from anysize.exporters.radius import image_step
 
 _END = np.iinfo(np.int64).max
-# Two sizes at which all shapes are inferred: what is not proportional to both is no picture. They are
-# multiples of most factors, and not of each other.
-_SIZES = ((96, 144), (240, 192))
+# Sizes at which all shapes are inferred, in steps beyond the least: what is not in proportion to the picture
+# at all of them is none. Odd and even ones, and no common factor that a rounded size could hide behind.
+_SIZES = ((13, 29), (24, 35), (31, 18), (40, 46))
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,12 @@ def band_model(model: Model) -> BandModel:
         ) from error
     spec = model.spec
     assert spec is not None
+    if model.format == "module":
+        raise NotStreamable(
+            "torch runs modules, and only a graph can be taken apart into bands; use openvino or onnxruntime"
+        )
     if model.format != "onnx" or isinstance(model.data, Path):
-        raise NotStreamable("bands are made from an ONNX file of one piece; export the model to .onnx")
+        raise NotStreamable("bands are made from an .onnx file of one piece, not from other graphs")
     if spec.scale is None or not all(isinstance(s, Dim) for s in spec.inputs[0].shape[2:]):
         raise NotStreamable("not a model of one picture of any size to one picture")
     try:
@@ -109,6 +113,9 @@ def band_model(model: Model) -> BandModel:
     coarsest = math.lcm(*(t.rate.denominator for t in network.tensors.values()))
     if step % coarsest:
         raise NotStreamable(f"the model works on {coarsest} rows at a time, but takes sizes between them")
+    for name, tensor in network.tensors.items():
+        if tensor.kept and tensor.dtype != onnx.TensorProto.FLOAT:
+            raise NotStreamable(f"tensor '{name}' is not of 32-bit floats, and would have to be remembered")
     assert source.rate == 1
     assert result.rate == spec.scale
     starts = max(math.ceil(max(t.reach, t.lag + 1) / t.rate) for t in network.tensors.values())
@@ -126,10 +133,13 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
     """Sort the graph's nodes into those on pictures, on weights, and on sizes."""
     if any(i.domain in ("", "ai.onnx") and i.version < 13 for i in proto.opset_import):
         raise NotStreamable("the graph is of an ONNX opset before 13; export it again")
-    shapes = [infer_shapes(onnx, proto, {spec.inputs[0].name: (1, spec.channels or 0, *s)}) for s in _SIZES]
+    shapes = []
+    for tall, wide in _SIZES:
+        shape = (1, spec.channels or 0, _size(spec, 2, tall), _size(spec, 3, wide))
+        shapes.append(infer_shapes(onnx, proto, {spec.inputs[0].name: shape}))
     weights = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
     name = spec.inputs[0].name
-    network = _Network(proto, spec, {name: _tensor(name, shapes)}, [])
+    network = _Network(proto, spec, {name: _tensor(name, shapes, name)}, [])
     sizes: set[str] = set()  # tensors that hold the picture's size, or follow from it
     consumers: dict[str, list[Any]] = defaultdict(list)
     for node in proto.graph.node:
@@ -151,7 +161,7 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
             for operator in read_operator(node, facts):
                 absorbed.update(operator.absorbs)
                 network.operators.append(operator)
-                network.tensors[operator.output] = _tensor(operator.output, shapes)
+                network.tensors[operator.output] = _tensor(operator.output, shapes, name)
         elif any(i in sizes for i in node.input):
             sizes.update(node.output)
         else:
@@ -166,16 +176,25 @@ def _constant(onnx: Any, node: Any) -> Array:
     return onnx.numpy_helper.to_array(value) if node.attribute[0].name == "value" else np.asarray(value)
 
 
-def _tensor(name: str, shapes: list[dict[str, tuple[tuple[int, ...], int]]]) -> _Tensor:
-    rates = []
-    for known, (height, width) in zip(shapes, _SIZES, strict=True):
+def _size(spec: ModelSpec, axis: int, steps: int) -> int:
+    """A size the model takes, so many steps beyond its least."""
+    size = spec.inputs[0].shape[axis]
+    assert isinstance(size, Dim)
+    step = image_step(spec, axis)
+    return step * (math.ceil(size.min / step) + steps)
+
+
+def _tensor(name: str, shapes: list[dict[str, tuple[tuple[int, ...], int]]], source: str) -> _Tensor:
+    rates = set()
+    for known in shapes:
         if name not in known or len(known[name][0]) != 4 or known[name][0][0] != 1:
             raise NotStreamable(f"tensor '{name}' is not an NCHW picture of known size")
         (_, channels, rows, columns), dtype = known[name]
-        rates.append((Fraction(rows, height), Fraction(columns, width), channels))
-    if rates[0] != rates[1] or 0 in rates[0]:
+        height, width = known[source][0][2:]
+        rates.add((Fraction(rows, height), Fraction(columns, width), channels))
+    if len(rates) > 1 or 0 in next(iter(rates)):
         raise NotStreamable(f"the size of tensor '{name}' is not in proportion to the picture's")
-    rate, per_column, channels = rates[0]
+    rate, per_column, channels = rates.pop()
     return _Tensor(dtype, channels, rate, per_column)
 
 

@@ -75,7 +75,8 @@ def infer_shapes(
         elif all(name in values for name in present):
             with contextlib.suppress(Exception):  # what cannot be computed stays unknown
                 results = onnx.reference.ReferenceEvaluator(node).run(None, {n: values[n] for n in present})
-                values.update(zip(node.output, results, strict=True))
+                if all(isinstance(result, np.ndarray) for result in results):
+                    values.update(zip(node.output, results, strict=True))
         known = {name: values[name] for name in node.output if name in values}
         for name, array in known.items():
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)

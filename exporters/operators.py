@@ -216,6 +216,9 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
         raise refuse(node, f"only whole factors are supported, not {rows} x {columns}")
     if len(node.input) > 1 and node.input[1] and settings.get("coordinate_transformation_mode") == b"tf_crop":
         raise refuse(node, "it crops")
+    scales = facts.weights.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if scales is not None and any(float(s) != int(s) for s in scales):
+        raise refuse(node, f"only whole factors are supported, not {' x '.join(map(str, scales))}")
     factor = int(rows)
     where = settings.get("coordinate_transformation_mode", b"half_pixel").decode()
     mode = settings.get("mode", b"nearest").decode()
@@ -227,10 +230,11 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
             raise refuse(node, f"nearest with {where} and {rounding} does not repeat pixels evenly")
         window = Window(up=factor, after=factor - 1)
     elif mode == "linear" and where in ("half_pixel", "pytorch_half_pixel"):
-        window = Window(up=factor, before=factor // 2, after=2 * factor - 1 - factor // 2)
+        reach = Window(up=factor, before=factor // 2, after=2 * factor - 1 - factor // 2)
+        window = Window() if factor == 1 else reach
     else:
         raise refuse(node, f"mode {mode} with {where} is not supported")
-    scales = np.array([1, 1, factor, int(columns)], np.float32)
+    factors = np.array([1, 1, factor, int(columns)], np.float32)
     template = type(node)()
     template.CopyFrom(node)
     template.input[:] = [source, "", f"bands/{output}/scales"]
@@ -243,7 +247,7 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
             output,
             window,
             cheap=mode == "nearest",
-            weights={f"bands/{output}/scales": scales},
+            weights={f"bands/{output}/scales": factors},
         )
     ]
 
@@ -332,10 +336,14 @@ def _reshape(node: Any, facts: Facts) -> list[Operator]:
     output = chain[-1].output[0]
     result = facts.shape(output)
     order = tuple(facts.attributes(chain[1]).get("perm", ()))
-    if source is None or wide is None or result is None or len(wide) != 6 or order not in _PERMUTATIONS:
+    if source is None or wide is None or result is None or order not in _PERMUTATIONS:
+        raise refuse(node, _REASONS["Reshape"])
+    if (len(source), len(wide), len(result)) != (4, 6, 4):
         raise refuse(node, _REASONS["Reshape"])
     kind, channels = _PERMUTATIONS[order]
     n, c, h, w = source
+    if max(h, result[2]) % min(h, result[2]) or (result[2] > h) != (kind == "DepthToSpace"):
+        raise refuse(node, _REASONS["Reshape"])
     if kind == "DepthToSpace":
         block = result[2] // h
         inner = (c // block**2, block, block) if channels == "CRD" else (block, block, c // block**2)

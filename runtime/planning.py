@@ -28,6 +28,9 @@ HALOS = (16, 32, 48, 64, 96, 128)
 HALO_ERROR = 0.5 / 255
 _LARGEST_TILE = 640
 _SMALLEST_TILE = 32
+#: A band's result exists as floats, rounded, as bytes, as the writer's chunks and in its queue; and the first
+#: and last bands give some rows more than they are given
+_COPIES, _BEYOND = 5, 16
 _UNKNOWN_REACH = 256
 #: What a program was seen to hold, as a multiple of the tensors alive at once: 0.8 to 1.6 on three engines
 _HELD = 1.7
@@ -87,7 +90,8 @@ class _Planner:
         budget = tiling.memory
         assert budget is None or isinstance(budget, int)
         self.budget = budget
-        self.spare = None if budget is None else budget - _resident() - held
+        self.spoken_for = 0 if budget is None else _resident() + held
+        self.spare = None if budget is None else budget - self.spoken_for
 
     # -- bands
 
@@ -116,13 +120,14 @@ class _Planner:
         radius = self.spec.radius
         core = bands.default_strip(self.width, radius)
         rows = round_up(self.tiling.tile, step) if self.tiling.tile else bands.default_band(core)
+        rows = min(rows, self.height)
         while True:
             halo = 0 if core >= self.width else radius or 0
             strips = spans(self.width, core, halo, self.steps[1])
             if self.spare is None:
                 break
-            cost = bands.bytes(self.height, strips[0], rows, len(strips[1]))
-            if cost is None or cost <= self.spare:
+            cost = bands.bytes(self.height, strips[0], rows, len(strips[1])) + self._beside(rows)
+            if cost <= self.spare:
                 break
             if rows > max(8, step) and self.tiling.tile is None:
                 rows = max(round_up(rows // 2, step), step)
@@ -143,11 +148,16 @@ class _Planner:
         size = self.spec.inputs[0].shape[2]
         return size.min if isinstance(size, Dim) else 0
 
+    def _beside(self, rows: int) -> int:
+        """Bytes of a band outside the engine: its result as floats, rounded, and waiting to be written."""
+        pixels = (rows + _BEYOND) * self.width * (self.spec.scale or 1) ** 2
+        return 4 * (self.spec.channels or 3) * pixels * _COPIES
+
     def _short(self, cost: int) -> str:
-        have = max(self.spare or 0, 0)
+        limit, held, need = ((n + 2**20 - 1) >> 20 for n in (self.budget or 0, self.spoken_for, cost))
         return (
-            f"a memory limit of {(self.budget or 0) / 2**20:.0f} MiB leaves {have / 2**20:.0f} MiB for the "
-            f"model, which needs about {cost / 2**20:.0f} MiB"
+            f"a memory limit of {limit} MiB is too little for this picture: {held} MiB are taken by the "
+            f"process and the picture, and the model needs about {need} MiB more; allow {held + need} MiB"
         )
 
     # -- the rest

@@ -16,6 +16,7 @@ from anysize.backends.errors import (
     BackendUnavailableError,
     ExecutionError,
     IntegrityError,
+    NotStreamable,
     OptionError,
     ShapeError,
 )
@@ -123,6 +124,7 @@ class Session:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._bands: BandRunner | AnysizeError | None = None
+        self._closed = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -187,11 +189,17 @@ class Session:
         from anysize.streaming import BandRunner
 
         with self._lock:
+            if self._closed:
+                raise OptionError("this session is closed")
             if self._bands is None:
                 try:
                     self._bands = BandRunner(self._guards[0])
                 except AnysizeError as error:
                     self._bands = error
+                except Exception as error:  # a graph stranger than the pass foresees
+                    text = f"the graph cannot be taken apart: {type(error).__name__}: {error}"
+                    self._bands = NotStreamable(text)
+                    log.warning("%s", text, exc_info=True)
             if isinstance(self._bands, AnysizeError):
                 raise self._bands.with_traceback(None)
             return self._bands
@@ -224,6 +232,8 @@ class Session:
 
     def close(self) -> None:
         """Free the engine's programs. Further runs raise `OptionError`."""
+        with self._lock:
+            self._closed = True
         for guard in self._guards:
             guard.close()
         if self._bands is not None and not isinstance(self._bands, AnysizeError):

@@ -82,16 +82,13 @@ class BandRunner:
         parts = ["first", *["middle"] * inner, "last"]
         return [Band(part, a, b) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
 
-    def bytes(self, height: int, width: int, rows: int, strips: int) -> int | None:
+    def bytes(self, height: int, width: int, rows: int, strips: int) -> int:
         """An estimate of what the three programs and their states take, all alive at once."""
         total = 0
         for part, band in {b.part: b for b in self.cut(height, rows)}.items():
             guard = self.guards[part]
             sizes = {"rows": band.bottom - band.top, self._columns: width}
-            cost = working_bytes(guard.model, sizes)
-            if cost is None:
-                return None
-            total += cost
+            total += working_bytes(guard.model, sizes) or 0
             if part == "middle":
                 shapes = guard.spec.input_shapes(sizes)
                 total += 4 * strips * sum(math.prod(shapes[name]) for name in self.model.middle.states)

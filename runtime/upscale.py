@@ -235,6 +235,7 @@ class _Work:
         self.engine_seconds = 0.0
         self.done = 0
         self.above: Array | None = None  # the rows before those read last
+        self.alpha_read: Array = np.empty((1, 0, rows.width), np.float32)  # (1, rows, W) of those, in 0..1
 
     # -- in
 
@@ -253,6 +254,7 @@ class _Work:
         parts = list(colour[:, None]) if self.spec.channels == 1 else [colour]
         if self.alpha and alpha is not None:
             parts.append(alpha)
+            self.alpha_read = alpha[:, : real - top]
         beyond = width - self.rows.width
         if beyond:
             # reflect needs as many pixels as it adds; np.pad would repeat the reflection
@@ -363,30 +365,35 @@ class _Work:
         cut = plan.bands.cut(self.padded[0], plan.tile or 1)
         width, height = self.rows.width * self.scale, self.rows.height * self.scale
         runs: list[BandRun] = []
-        low, high = self.spec.value_range
         recent = _Recent()
         top = 0
+        waiting = np.empty((0, width, self.rows.channels), self.dtype)  # rows from `top` on
         try:
             for band in cut:
                 if self.cancelled():
                     raise Cancelled(f"cancelled before the band of rows {band.top} to {band.bottom}")
                 parts = self.inputs(band.top, band.bottom)
                 runs = runs or [BandRun(plan.bands, plan.strips) for _ in parts]
-                if self.alpha:
-                    recent.add((parts[-1][:1, :, : self.rows.width] - low) / (high - low))
                 pieces = [run.push(band, part) for run, part in zip(runs, parts, strict=True)]
-                bottom = min(top + pieces[0].shape[1], height)
-                result = np.empty((bottom - top, width, self.rows.channels), self.dtype)
+                begin = top + len(waiting)
+                end = min(begin + pieces[0].shape[1], height)
+                result = np.empty((end - begin, width, self.rows.channels), self.dtype)
                 for i, values in enumerate(pieces):
-                    self._store(
-                        values[:, : bottom - top, :width], result[:, :, self._channels(i, len(parts))]
-                    )
+                    channels = self._channels(i, len(parts))
+                    self._store(values[:, : end - begin, :width], result[:, :, channels])
                 self._flat_alpha(result)
                 if self.alpha:
+                    # what alpha is below a row decides what becomes of it, so the last rows wait for theirs
+                    recent.add(self.alpha_read)
+                    result, bottom = np.concatenate((waiting, result)), end
+                    if band.part != "last":
+                        bottom = min(end, max(top, (band.bottom - 1) * self.scale))
+                    result, waiting = result[: bottom - top], result[bottom - top :]
                     first, last = max(0, top // self.scale - 1), -(-bottom // self.scale) + 1
                     self._clean_alpha(result, top, recent.take(first, last), first)
-                yield top, result
-                top = bottom
+                if len(result):
+                    yield top, result
+                top += len(result)
                 self._step_done(len(cut))
         finally:
             for run in runs:

@@ -40,8 +40,8 @@ class BandModel:
 
     `first` takes at least `warm_up` rows, `middle` and `last` any number; all are multiples of `step`.
     Their input and outputs are named as in the whole model's `spec`; each state is an input that takes what
-    the graph before gave as the output `Model.states` names. The first graph returns `lag` output rows
-    fewer than it has read, and the last as many more.
+    the graph before gave as the output `Model.states` names. The first graph returns fewer rows than it has
+    read, and the last as many more.
     """
 
     first: Model
@@ -49,7 +49,6 @@ class BandModel:
     last: Model
     step: int
     warm_up: int
-    lag: int
 
 
 @dataclass
@@ -123,7 +122,7 @@ def band_model(model: Model) -> BandModel:
     first, middle, last = (
         _Writer(onnx, network, part).model(warm_up) for part in ("first", "middle", "last")
     )
-    return BandModel(first, middle, last, step, warm_up, result.lag)
+    return BandModel(first, middle, last, step, warm_up)
 
 
 # -- reading

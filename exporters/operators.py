@@ -214,16 +214,12 @@ def _resize(node: Any, facts: Facts) -> list[Operator]:
         raise refuse(node, "its output is not in proportion to the picture")
     if rows.denominator > 1 or columns.denominator > 1:
         raise refuse(node, f"only whole factors are supported, not {rows} x {columns}")
-    if len(node.input) > 1 and node.input[1] and settings.get("coordinate_transformation_mode") == b"tf_crop":
-        raise refuse(node, "it crops")
     scales = facts.weights.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
     if scales is not None and any(float(s) != int(s) for s in scales):
         raise refuse(node, f"only whole factors are supported, not {' x '.join(map(str, scales))}")
     factor = int(rows)
     where = settings.get("coordinate_transformation_mode", b"half_pixel").decode()
     mode = settings.get("mode", b"nearest").decode()
-    if settings.get("antialias", 0) and min(factor, int(columns)) < 1:
-        raise refuse(node, "it reduces")
     if mode == "nearest":
         rounding = settings.get("nearest_mode", b"round_prefer_floor").decode()
         if not all(_repeats(int(f), where, rounding) for f in (rows, columns)):
@@ -360,10 +356,8 @@ def _reshape(node: Any, facts: Facts) -> list[Operator]:
         return [Operator((made,), (node.input[0],), output, window, absorbs=absorbs)]
     # ONNX's own order of channels is (row, column, channel)
     inner_name, indices = f"bands/{output}/deep", f"bands/{output}/channels"
-    deep = helper.make_node(
-        kind, [node.input[0]], [inner_name if channels == "CRD" else output], blocksize=block
-    )
     if channels == "DCR":
+        deep = helper.make_node(kind, [node.input[0]], [output], blocksize=block)
         return [Operator((deep,), (node.input[0],), output, Window(down=block), absorbs=absorbs)]
     deep = helper.make_node(kind, [node.input[0]], [inner_name], blocksize=block)
     places = np.arange(c * block**2).reshape(block**2, c).T.ravel().astype(np.int64)

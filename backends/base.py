@@ -22,7 +22,8 @@ class Model:
     `format` and `data`: "module" a `torch.nn.Module` in eval mode that nobody else changes; "onnx" the
     file's bytes, or its path where it does not stand alone (external data); "xml" the path of an OpenVINO
     IR; plugins may add their own. `spec` is None only while a foreign file is being probed. `states`: inputs
-    that take, in a sequence of runs, what the run before gave as the output named here.
+    that take, in a sequence of runs, what the run before gave as the output named here. A model that only
+    starts a sequence has such outputs without the inputs.
     """
 
     format: str

@@ -73,13 +73,23 @@ class OpenVINOBackend(Backend):
         elif device == "CPU":
             # Else a cache of kernels per shape seen grows with every new size.
             config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
-        if model.states and shapes is not None:
+        given = {name for port in graph.inputs for name in port.get_names()}
+        if shapes is not None and model.states and given.issuperset(model.states):
             from openvino.passes import MakeStateful, Manager
 
             passes = Manager()
             passes.register_pass(MakeStateful(dict(model.states)))
             passes.run_passes(graph)
             return _Stateful(self._ov, self._core.compile_model(graph, device, config), model)
+        if model.states and options.precision == "bf16":
+            # What leads to an f32 output is computed in f32 back to the last convolution. A state is not the
+            # end of the computation: it is rounded as it would be inside the program.
+            from openvino.preprocess import PrePostProcessor
+
+            ends = PrePostProcessor(graph)
+            for state in model.states.values():
+                ends.output(state).tensor().set_element_type(self._ov.Type.bf16)
+            graph = ends.build()
         compiled = self._core.compile_model(graph, device, config)
         return _Program(compiled, model, None if shapes is not None else graph)
 
@@ -126,7 +136,7 @@ class _Program(Executable):
         # Both flags False: copies in and out. A request that raised is dropped, not reused.
         arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
         results = request.infer(arrays, share_inputs=False, share_outputs=False)
-        outputs = {port.name: results[i] for i, port in enumerate(self.outputs)}
+        outputs = {port.name: _widened(results[i], port) for i, port in enumerate(self.outputs)}
         self._idle.put(request)
         return outputs
 
@@ -201,18 +211,30 @@ def _ports(
         names = [t.name for t in tensors if t.name not in without]
         if len(names) != len(ports) or not all(n in p.get_names() for n, p in zip(names, ports, strict=True)):
             names = [p.get_any_name() for p in ports]  # a contract in another order
-        return tuple(map(_port, ports, names))
+        states = model.states.values()
+        return tuple(_port(port, name, name in states) for port, name in zip(ports, names, strict=True))
 
     spec = model.spec
     ins, outs = (spec.inputs, spec.outputs) if spec is not None else ((), ())
     return named(compiled.inputs, ins, hidden), named(compiled.outputs, outs, hidden.values())
 
 
-def _port(port: Any, name: str) -> Port:
-    kind = port.get_element_type().get_type_name()
-    if kind not in _TYPES:  # to_dtype gives bf16 as float16, and ends the process for strings
-        raise ModelLoadError(f"tensor '{name}' has type {kind}, which is not supported")
+def _widened(values: Array, port: Port) -> Array:
+    """Numbers that the engine gives as bf16, which NumPy takes for another type of 16 bits."""
+    if values.dtype == port.dtype:
+        return values
+    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _port(port: Any, name: str, state: bool) -> Port:
+    kind = port.get_element_type()
+    if state and kind.get_type_name() == "bf16":
+        dtype: Any = np.float32
+    elif kind.get_type_name() in _TYPES:
+        dtype = kind.to_dtype()  # gives bf16 as float16, and ends the process for strings
+    else:
+        raise ModelLoadError(f"tensor '{name}' has type {kind.get_type_name()}, which is not supported")
     if port.get_partial_shape().rank.is_dynamic:
         raise ModelLoadError(f"tensor '{name}' has no fixed number of axes")
     shape = tuple(None if d.is_dynamic else d.get_length() for d in port.get_partial_shape())
-    return Port(name, np.dtype(port.get_element_type().to_dtype()), shape)
+    return Port(name, np.dtype(dtype), shape)

@@ -350,7 +350,7 @@ class _Writer:
             radius=None,
             tileable=False,
         )
-        return Model("onnx", made.SerializeToString(), spec, self.states if self.part == "middle" else {})
+        return Model("onnx", made.SerializeToString(), spec, self.states)
 
 
 def _columns(name: str, tensor: _Tensor) -> Size:

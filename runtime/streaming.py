@@ -144,7 +144,7 @@ class BandRun:
         if part == "last" and self._sequences:
             self._states[strip] = self._sequences[strip].states()
         outputs = runner.guards[part].run({**feeds, **self._states[strip]}, finite=True)
-        links = runner.model.middle.states if part == "first" else {}
+        links = runner.guards[part].model.states
         self._states[strip] = {name: outputs[following] for name, following in links.items()}
         return outputs[runner.output]
 

@@ -26,6 +26,7 @@ from anysize import (
     TensorSpec,
     Tiling,
     Upscaler,
+    load,
 )
 from anysize.backends import EngineOptions, Executable, Model, get_backend
 from anysize.exporters.bands import band_model
@@ -259,6 +260,20 @@ def test_kinds_of_pictures_in_bands(engine: str, channels: int, dtype: Any, pict
     assert got.dtype == want.dtype == x.dtype
     step = 0 if np.dtype(dtype).kind == "u" else 1e-6
     assert np.abs(got.astype(np.float64) - want.astype(np.float64)).max() <= step
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+def test_bands_in_bf16_round_where_the_whole_picture_does(picture: Any) -> None:
+    """A state that leaves the first graph in f32 made its rows differ by two steps of 8 bits."""
+    try:
+        session = load("default", backend="openvino", precision="bf16")
+    except OptionError as error:
+        pytest.skip(str(error))
+    x = picture(75, 40, 3, np.float32)
+    bands = Upscaler(session, tiling=Tiling("stream", 8))
+    got = bands(x)
+    assert bands.report.method == "stream"
+    assert np.abs(got - Upscaler(session, tiling=Tiling("whole"))(x)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("engine", GRAPH_ENGINES)

@@ -150,7 +150,7 @@ def upscale(
                 failures.append(error)
                 _complain(error, debug)
             elif not as_json:
-                out.print(_summary(report), markup=False, highlight=False, soft_wrap=True)
+                out.print(_summary(report, method), markup=False, highlight=False, soft_wrap=True)
     for folder in made:  # deepest first; those that hold a result stay
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -196,12 +196,14 @@ def _bar() -> Progress:
     return Progress(*columns, console=err)
 
 
-def _summary(report: Any) -> str:
+def _summary(report: Any, asked: str) -> str:
     how = report.method
     if report.method == "stream":
         how += f", bands of {report.tile} rows"
     elif report.tile is not None:
         how += f" {report.tile}, overlap {report.overlap}"
+    if asked not in ("auto", report.method):
+        how += f" instead of {asked} ({report.reason})"
     how += (
         ", exact" if report.exact else f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
     )

@@ -32,8 +32,9 @@ _SMALLEST_TILE = 32
 #: and last bands give some rows more than they are given
 _COPIES, _BEYOND = 5, 16
 _UNKNOWN_REACH = 256
-#: What a program was seen to hold, as a multiple of the tensors alive at once: 0.8 to 1.6 on three engines
-_HELD = 1.7
+#: What a program was seen to hold, as a multiple of the tensors alive at once (0.8 to 1.9 on three engines),
+#: and what an engine takes beside it with its first program (5 to 35 MiB)
+_HELD, _ENGINE = 2, 40 * 2**20
 
 #: gives the model's input planes, (C, H, W) each, where a plan has to measure on the picture
 Inputs = Callable[[], list[Array]]
@@ -126,7 +127,7 @@ class _Planner:
             strips = spans(self.width, core, halo, self.steps[1])
             if self.spare is None:
                 break
-            cost = bands.bytes(self.height, strips[0], rows, len(strips[1])) + self._beside(rows)
+            cost = bands.bytes(self.height, strips[0], rows, len(strips[1])) + self._beside(rows) + _ENGINE
             if cost <= self.spare:
                 break
             if rows > max(8, step) and self.tiling.tile is None:
@@ -154,10 +155,12 @@ class _Planner:
         return 4 * (self.spec.channels or 3) * pixels * _COPIES
 
     def _short(self, cost: int) -> str:
-        limit, held, need = ((n + 2**20 - 1) >> 20 for n in (self.budget or 0, self.spoken_for, cost))
+        budget = self.budget or 0
+        limit = f"{budget >> 20} MiB" if budget >= 2**20 else f"{budget} bytes"
+        held, need = ((n + 2**20 - 1) >> 20 for n in (self.spoken_for, cost))
         return (
-            f"a memory limit of {limit} MiB is too little for this picture: {held} MiB are taken by the "
-            f"process and the picture, and the model needs about {need} MiB more; allow {held + need} MiB"
+            f"a memory limit of {limit} is too little for this picture: {held} MiB are taken by the process "
+            f"and the picture, and the model needs about {need} MiB more; allow {held + need} MiB"
         )
 
     # -- the rest
@@ -210,7 +213,7 @@ class _Planner:
                 "the memory this model takes cannot be told in advance: convert it to a .onnx file of one "
                 "piece, or set no limit"
             )
-        cost = int(_HELD * alive)
+        cost = _HELD * alive + _ENGINE
         return cost if cost > self.spare else 0
 
     def _tiled(self, inputs: Inputs) -> Plan:

@@ -109,6 +109,8 @@ class Upscaler:
         work = _Work(self.session, rows, dtype, progress, _cancelled(cancel))
         # pixels are held as they came, as the result, and as planes while tiles are cut from them
         held = math.prod(shape) * dtype.itemsize + 8 * math.prod(picture.array.shape)
+        if not native:  # resized, as libvips holds it, and rounded
+            held += 3 * dtype.itemsize * math.prod(size) * rows.channels
         work.plan = make_plan(self.session, self.tiling, *work.padded, held, work.inputs)
         result = np.empty(shape, dtype)
         done = False

@@ -31,6 +31,7 @@ from anysize import (
 from anysize.backends import EngineOptions, Executable, Model, get_backend
 from anysize.exporters.bands import band_model
 from anysize.guard import ShapeGuard
+from anysize.planning import _ENGINE
 from anysize.session import Session
 from anysize.streaming import BandRun, BandRunner
 from anysize.tiling import parse_bytes, spans
@@ -593,8 +594,9 @@ def test_memory_is_read_as_bytes_or_text() -> None:
     assert parse_bytes("1.5 GB") == 1_500_000_000
     assert parse_bytes("500mb") == 500_000_000
     assert parse_bytes(4096) == 4096
+    assert parse_bytes("1tib") == 2**40
     assert parse_bytes(None) is None
-    for bad in ("", "2 pints", "-1", 0, "GiB", 1.5, True):
+    for bad in ("", "2 pints", "-1", 0, "0.1", "GiB", 1.5, True, "9" * 400, "٣GiB"):
         with pytest.raises(OptionError, match="memory"):
             Tiling(memory=bad)
 
@@ -611,13 +613,44 @@ def test_a_memory_limit_narrows_bands_and_then_cuts_strips(engine: str, picture:
     runner = session.bands()
     held = psutil.Process().memory_info().rss
     needs = runner.bytes(300, 900, 8, 1)
-    tight = Upscaler(session, tiling=Tiling("stream", memory=held + needs // 2 + 16 * x.size + 8 * x.size))
+    memory = held + needs // 2 + 16 * x.size + 8 * x.size + _ENGINE
+    tight = Upscaler(session, tiling=Tiling("stream", memory=memory))
     np.testing.assert_array_equal(tight(x), want)
     assert tight.report.overlap == session.spec.radius
     assert "strips" in tight.report.reason
     for method in ("stream", "tile", "whole", "auto"):
         with pytest.raises(MemoryBudgetError, match=r"allow [0-9]+ MiB"):
             Upscaler(session, tiling=Tiling(method, memory=held // 2))(x)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+@pytest.mark.parametrize(
+    ("method", "shape", "outscale"),
+    [("whole", (150, 200, 3), None), ("tile", (400, 300, 4), None), ("tile", (2000, 400, 3), 2)],
+)
+def test_the_least_memory_that_is_allowed_is_enough(
+    engine: str, method: str, shape: tuple[int, ...], outscale: float | None
+) -> None:
+    """What the refusal says to allow is kept, also where it is little beside what an engine itself takes."""
+    code = f"""
+import re, numpy as np
+from anysize import MemoryBudgetError, Tiling, Upscaler, load
+x = np.random.default_rng(0).integers(0, 256, {shape}, dtype=np.uint8)
+session, limit, done = load("default", backend={engine!r}), 1, False
+while not done:
+    try:
+        Upscaler(session, tiling=Tiling({method!r}, memory=limit))(x, outscale={outscale})
+        done = True
+    except MemoryBudgetError as error:
+        limit = int(re.search(r"allow ([0-9]+) MiB", str(error))[1]) * 2**20
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
+print(int(peak.split()[1]) * 1024, limit)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, limit = map(int, done.stdout.split())
+    assert peak <= limit
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")

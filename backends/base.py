@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+from anysize.backends.cache import Cache
 from anysize.backends.spec import ModelSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -31,14 +34,23 @@ class Model:
     spec: ModelSpec | None = None
     states: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def digest(self) -> str | None:
+        """The sha256 of the bytes; None where the model is not bytes."""
+        return hashlib.sha256(self.data).hexdigest() if isinstance(self.data, bytes) else None
+
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is asked for. `threads` None: the engine's own default, all cores."""
+    """What an engine is asked for.
+
+    `threads` None: the engine's own default, all cores. `cache`: where it may keep compiled programs.
+    """
 
     precision: str = "f32"
     device: str = "cpu"
     threads: int | None = None
+    cache: Cache | None = None
 
 
 @dataclass(frozen=True)

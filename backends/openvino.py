@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import queue
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,10 +25,15 @@ from anysize.backends.base import (
     Sequence,
     Shapes,
 )
+from anysize.backends.cache import Cache
 from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import SPEC_KEY, TensorSpec
 
+log = logging.getLogger("anysize")
+
 _REMEMBERED_SHAPES = 1024
+#: seconds of compiling; taking a program up again was measured to take a third of compiling it
+_WORTH_KEEPING = 0.2
 _TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
 
 
@@ -74,14 +82,14 @@ class OpenVINOBackend(Backend):
             # Else a cache of kernels per shape seen grows with every new size.
             config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         given = {name for port in graph.inputs for name in port.get_names()}
-        if shapes is not None and model.states and given.issuperset(model.states):
+        stateful = shapes is not None and bool(model.states) and given.issuperset(model.states)
+        if stateful:
             from openvino.passes import MakeStateful, Manager
 
             passes = Manager()
             passes.register_pass(MakeStateful(dict(model.states)))
             passes.run_passes(graph)
-            return _Stateful(self._ov, self._core.compile_model(graph, device, config), model)
-        if model.states and options.precision == "bf16":
+        elif model.states and options.precision == "bf16":
             # What leads to an f32 output is computed in f32 back to the last convolution. A state is not the
             # end of the computation: it is rounded as it would be inside the program.
             from openvino.preprocess import PrePostProcessor
@@ -90,8 +98,35 @@ class OpenVINOBackend(Backend):
             for state in model.states.values():
                 ends.output(state).tensor().set_element_type(self._ov.Type.bf16)
             graph = ends.build()
-        compiled = self._core.compile_model(graph, device, config)
+        asked = None if shapes is None else sorted(shapes.items())
+        compiled = self._compile(graph, device, config, options.cache, (model, asked))
+        if stateful:
+            return _Stateful(self._ov, compiled, model)
         return _Program(compiled, model, None if shapes is not None else graph)
+
+    def _compile(
+        self, graph: Any, device: str, config: dict[str, Any], cache: Cache | None, of: tuple[Model, object]
+    ) -> Any:
+        """Compile, or take up a program of before: of this model, shapes, settings, engine and processor."""
+        model, shapes = of
+        if cache is None or model.digest is None:
+            return self._core.compile_model(graph, device, config)
+        processor = self._core.get_property(device, "FULL_DEVICE_NAME")
+        made_for = (shapes, sorted(model.states.items()), sorted(config.items()))
+        key = ("compiled", self.name, self.version, processor, model.digest, repr(made_for))
+        known = cache.get(*key)
+        if known is not None:
+            try:
+                return self._core.import_model(io.BytesIO(known), device, config)
+            except Exception as error:  # the engine knows best what it can take up again
+                log.warning("openvino does not take up its own program: %s", error)
+        started = time.perf_counter()
+        compiled = self._core.compile_model(graph, device, config)
+        if time.perf_counter() - started >= _WORTH_KEEPING:
+            stream = io.BytesIO()
+            compiled.export_model(stream)
+            cache.put(stream.getvalue(), *key)
+        return compiled
 
     def metadata(self, model: Model) -> dict[str, str]:
         graph = self._graph(model)

@@ -6,11 +6,13 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec
 from anysize.backends.base import Array, Feeds
+from anysize.backends.cache import Cache
 from anysize.backends.errors import (
     AnysizeError,
     BackendUnavailableError,
@@ -38,6 +40,8 @@ class Options:
     program for all, "auto" static while few are alive. `fallback`: tried in order when the engine
     fails or returns something wrong, as "backend" or "backend:precision"; none unless given, and each use
     is counted in `Session.stats.fallbacks` and logged.
+    `cache_dir`: a folder for converted weights and compiled programs, so that the next start is quick; None:
+    the environment's `ANYSIZE_CACHE_DIR`, or else the user's cache folder; "": no cache.
     """
 
     device: str = "cpu"
@@ -45,6 +49,7 @@ class Options:
     max_live: int = 4
     shapes: Strategy = "auto"
     fallback: tuple[str, ...] = ()
+    cache_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= 4096):
@@ -55,6 +60,24 @@ class Options:
             raise OptionError(f"device must be a name, not {self.device!r}")
         if not isinstance(self.fallback, (tuple, list)) or not all(isinstance(f, str) for f in self.fallback):
             raise OptionError(f"fallback must be a tuple of names, not {self.fallback!r}")
+        if not isinstance(self.cache_dir, (str, os.PathLike, type(None))):
+            raise OptionError(f"cache_dir must be a folder, not {self.cache_dir!r}")
+
+    def cache(self) -> Cache | None:
+        """The cache these options name. Raises `OptionError` where a named one cannot be made."""
+        folder: Any = self.cache_dir
+        if folder is None:
+            folder = os.environ.get("ANYSIZE_CACHE_DIR")
+        elif os.fspath(folder):
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OptionError(f"{folder}: cannot be a cache folder: {error.strerror}") from error
+        if folder is None:
+            from platformdirs import user_cache_dir
+
+            folder = user_cache_dir("anysize", appauthor=False)
+        return Cache(Path(folder)) if os.fspath(folder) else None
 
 
 def load(
@@ -83,13 +106,14 @@ def load(
             raise OptionError(f"precision must be one of {', '.join(PRECISIONS)}, not '{wanted}'")
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source):
         raise OptionError("the model's name is empty")
+    cache = settings.cache()
     guards: list[ShapeGuard] = []
     skipped: list[str] = []
     for i, (engine_name, wanted) in enumerate(chain):
         try:
             engine = choose_backend(source, engine_name)
-            engine_options = EngineOptions(wanted, settings.device, settings.threads)
-            model = open_source(source, engine)
+            engine_options = EngineOptions(wanted, settings.device, settings.threads, cache)
+            model = open_source(source, engine, cache)
             guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, settings.max_live))
         except (BackendUnavailableError, OptionError) as error:
             if i == len(chain) - 1 and not guards:

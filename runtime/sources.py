@@ -7,6 +7,8 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from anysize.backends import (
     known_backends,
 )
 from anysize.backends.base import Array, Feeds
+from anysize.backends.cache import Cache
 from anysize.backends.errors import (
     BackendUnavailableError,
     ExportError,
@@ -109,12 +112,10 @@ def _fastest(form: str) -> Backend | None:
 
 
 def _can_export() -> bool:
-    from importlib.util import find_spec
-
     return all(find_spec(name) for name in ("torch", "onnx", "onnxscript"))
 
 
-def open_source(source: Source, backend: Backend) -> Model:
+def open_source(source: Source, backend: Backend, cache: Cache | None = None) -> Model:
     """The source in a form this backend takes, with its contract."""
     form = source_format(source)
     if form == "bundled":
@@ -122,9 +123,40 @@ def open_source(source: Source, backend: Backend) -> Model:
         source = bundled_file(str(source), suffix)
         form = source_format(source)
     if form == "module":
+        if isinstance(source, (str, os.PathLike)) and "module" not in backend.formats:
+            return _from_weights(Path(source), backend, cache)
         return _from_module(source, backend)
     assert isinstance(source, (str, os.PathLike))
-    return _from_graph(Path(source), form, backend)
+    return _from_graph(Path(source), form, backend, cache)
+
+
+def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
+    """A weights file for an engine that takes graphs: converted once, without torch after that."""
+    if cache is None:
+        return _from_module(path, backend)
+
+    def key(sha256: str) -> tuple[str, ...]:
+        # all that the conversion and its verification follow from
+        made_by = (f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript"))
+        return ("converted", sha256, path.suffix.lower(), backend.name, backend.version, *made_by)
+
+    sha256 = _file_sha256(path)
+    data = cache.get(*key(sha256))
+    if data is not None:
+        model = Model("onnx", data)
+        return replace(model, spec=ModelSpec.from_json(backend.metadata(model)[SPEC_KEY]))
+    model = _from_module(path, backend)
+    assert model.spec is not None
+    cache.put(model.data, *key(model.spec.source_sha256))
+    return model
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _from_module(source: Any, backend: Backend) -> Model:
@@ -167,7 +199,7 @@ def _image_template(module: Any, channels: int) -> dict[str, tuple[np.dtype[Any]
     return {name: (np.dtype(np.float32), ("n", channels, "h", "w"))}
 
 
-def _from_graph(path: Path, form: str, backend: Backend) -> Model:
+def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) -> Model:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -181,7 +213,13 @@ def _from_graph(path: Path, form: str, backend: Backend) -> Model:
         text = backend.metadata(model).get(SPEC_KEY)
         if text is not None:
             return replace(model, spec=ModelSpec.from_json(text))
-        spec = _probe_graph(model, backend)
+        # all that the probe follows from; another engine may trace the radius
+        others = (name for name in known_backends() if find_spec(name))
+        key = ("probed", model.digest or "", backend.name, backend.version, *others)
+        known = cache.get(*key) if cache is not None and model.digest else None
+        spec = ModelSpec.from_json(known.decode()) if known else _probe_graph(model, backend)
+        if cache is not None and model.digest and not known:
+            cache.put(spec.to_json().encode(), *key)
     except Exception as error:  # an engine that compiles a foreign file fails in its own way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(f"{path}: {reason[0]}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,14 @@ from anysize.session import Session
 
 ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
 ENGINES = anysize.available_backends()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache for this run alone: the user's may hold what other code made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANYSIZE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(params=ENGINES)

@@ -448,7 +448,8 @@ def test_three_graphs_are_valid_and_carry_their_contract(toybox: ToyBox) -> None
         onnx.checker.check_model(onnx.load_model_from_string(part.data), full_check=True)
     assert set(bands.middle.states) == {t.name for t in bands.middle.spec.inputs[1:]}
     assert set(bands.middle.states.values()) == {t.name for t in bands.middle.spec.outputs[1:]}
-    assert not bands.first.states
+    assert bands.first.states == bands.middle.states
+    assert not bands.last.states
     assert [t.name for t in bands.last.spec.outputs] == [model.spec.outputs[0].name]
 
 

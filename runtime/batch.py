@@ -79,7 +79,7 @@ def _stream(
             for band in bands:
                 writer.write(band)
     except (ExecutionError, IntegrityError) as error:
-        if not upscaler.session.fall_back(error):
+        if not upscaler.fall_back(error):
             raise
         return False
     return True

@@ -45,7 +45,7 @@ out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model file or the name of a bundled model.")]
 BackendName = Annotated[str, typer.Option("--backend", "-b", help="auto, openvino, onnxruntime, torch, ...")]
-Precision = Annotated[str, typer.Option("--precision", help="f32 or bf16.")]
+Precision = Annotated[str, typer.Option("--precision", help="f32, bf16, or auto: bf16 where it is as good.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")]
 

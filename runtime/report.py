@@ -15,7 +15,7 @@ class Report:
     `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran whole. `exact`:
     the result is that of the whole picture run at once. `max_error`: where it is not, the largest difference
     measured on this picture, in 0..1. `reason`: why this method. `compiles`, `fallbacks`: of the session
-    during this call.
+    during this call. `precision_reason`: why this precision, where "auto" was asked for.
     """
 
     status: str = "ok"
@@ -35,6 +35,7 @@ class Report:
     exact: bool | None = None
     max_error: float | None = None
     reason: str | None = None
+    precision_reason: str | None = None
     compiles: int = 0
     engine_seconds: float = 0.0
     seconds: float = 0.0

@@ -17,6 +17,7 @@ from anysize.backends.errors import ImageError
 from anysize.files import open_picture_file, readable, save
 
 _FORMATS: dict[str, np.dtype[Any]] = {"uchar": np.dtype(np.uint8), "ushort": np.dtype(np.uint16)}
+_SAMPLE = 256
 _WAITING = 3  # bands between the maker and the writer
 
 
@@ -67,6 +68,11 @@ class RowReader:
             following = min(have + want, self.height)
             self._ahead = self._worker.submit(self._fetch, have, following)
         return rows
+
+    def sample(self) -> Array:
+        """The first rows, before any is read."""
+        self._held = self._fetch(0, min(self.height, _SAMPLE))
+        return self._held
 
     def _fetch(self, top: int, bottom: int) -> Array:
         with readable(self._path):

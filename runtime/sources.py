@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,7 +123,7 @@ def open_source(source: Source, backend: Backend, cache: Cache | None = None) ->
         source = bundled_file(str(source), suffix)
         form = source_format(source)
     if form == "module":
-        if isinstance(source, (str, os.PathLike)) and "module" not in backend.formats:
+        if isinstance(source, (str, os.PathLike)):
             return _from_weights(Path(source), backend, cache)
         return _from_module(source, backend)
     assert isinstance(source, (str, os.PathLike))
@@ -131,24 +131,33 @@ def open_source(source: Source, backend: Backend, cache: Cache | None = None) ->
 
 
 def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
-    """A weights file for an engine that takes graphs: converted once, without torch after that."""
-    if cache is None:
-        return _from_module(path, backend)
-
-    def key(sha256: str) -> tuple[str, ...]:
-        # all that the conversion and its verification follow from
-        made_by = (f"{name} {version(name)}" for name in ("torch", "onnx", "onnxscript"))
-        return ("converted", sha256, path.suffix.lower(), backend.name, backend.version, *made_by)
-
+    """A weights file: probed once, and converted once (without torch after that) for engines of graphs."""
+    direct = "module" in backend.formats
     sha256 = _file_sha256(path)
-    data = cache.get(*key(sha256))
-    if data is not None:
-        model = Model("onnx", data)
+    # all that the contract, the conversion and its verification follow from
+    made_by = [f"{name} {_version(name)}" for name in ("torch", "onnx", "onnxscript")]
+    made_by += [] if direct else [f"{backend.name} {backend.version}"]
+    key = ("contract" if direct else "converted", sha256, path.suffix.lower(), *made_by)
+    known = cache.get(*key) if cache is not None else None
+    if known is not None and direct:
+        weights = load_weights(path)
+        if weights.sha256 == sha256:  # not another file since
+            return Model("module", weights.module, ModelSpec.from_json(known.decode()))
+    elif known is not None:
+        model = Model("onnx", known)
         return replace(model, spec=ModelSpec.from_json(backend.metadata(model)[SPEC_KEY]))
     model = _from_module(path, backend)
     assert model.spec is not None
-    cache.put(model.data, *key(model.spec.source_sha256))
+    if cache is not None and model.spec.source_sha256 == sha256:
+        cache.put(model.spec.to_json().encode() if direct else model.data, *key)
     return model
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _file_sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from anysize.backends import Backend, Dim, ModelSpec
 from anysize.backends.base import Array
 from anysize.backends.errors import (
+    AnysizeError,
     Cancelled,
     ExecutionError,
     IntegrityError,
@@ -22,6 +23,7 @@ from anysize.exporters.radius import image_step
 from anysize.guard import Stats
 from anysize.pixels import constant_runs, fill_hidden, open_picture, quantise, resize, split
 from anysize.planning import Plan, make_plan, stream_plan
+from anysize.precision import Precisions, busiest
 from anysize.report import Report
 from anysize.session import Options, Session, load
 from anysize.sources import Source
@@ -51,11 +53,16 @@ class Rows(Protocol):
         """Rows [top, bottom), (rows, W, C). A file is read in order, each row once."""
         ...
 
+    def sample(self) -> Array:
+        """Some of its first rows, or all, to measure on; before any is read."""
+        ...
+
 
 class Upscaler:
     """Upscale pictures of any size with one model on one engine. Thread-safe.
 
     `source`, `backend`, `precision`, `options` as `load` takes them; `source` may also be a `Session`.
+    `precision` "auto" compares bf16 with f32 on crops of each picture, and runs it in bf16 from 50 dB on.
     `tiling`: a `Tiling`. Raises `ModelLoadError` for a model that is not picture in, picture out.
     """
 
@@ -68,8 +75,14 @@ class Upscaler:
         tiling: Tiling | None = None,
         options: Options | None = None,
     ) -> None:
+        self._precisions: Precisions | None = None
         if isinstance(source, Session):
             self.session = source
+        elif precision == "auto":
+            from anysize.session import as_options
+
+            self._precisions = Precisions(source, backend, as_options(options))
+            self.session = self._precisions.precise
         else:
             self.session = load(source, backend=backend, precision=precision, options=options)
         self.tiling = Tiling() if tiling is None else tiling
@@ -105,13 +118,15 @@ class Upscaler:
         # Straight into the result's dtype, unless it has to be resized from unrounded values.
         dtype = rows.dtype if native else np.dtype(np.float32)
         shape = (rows.height * self.scale, rows.width * self.scale, rows.channels)
-        stats, started = self._begin()
-        work = _Work(self.session, rows, dtype, progress, _cancelled(cancel))
+        started = time.perf_counter()
+        session, why = self._choose(rows)
+        before = self._begin(session)
+        work = _Work(session, rows, dtype, progress, _cancelled(cancel))
         # pixels are held as they came, as the result, and as planes while tiles are cut from them
         held = math.prod(shape) * dtype.itemsize + 8 * math.prod(picture.array.shape)
         if not native:  # resized, as libvips holds it, and rounded
             held += 3 * dtype.itemsize * math.prod(size) * rows.channels
-        work.plan = make_plan(self.session, self.tiling, *work.padded, held, work.inputs)
+        work.plan = make_plan(session, self.tiling, *work.padded, held, work.inputs)
         result = np.empty(shape, dtype)
         done = False
         if work.plan.bands is not None:
@@ -120,16 +135,16 @@ class Upscaler:
                     result[top : top + len(band)] = band
                 done = True
             except (ExecutionError, IntegrityError) as error:
-                if not self.session.fall_back(error):
+                if not session.fall_back(error):
                     raise
                 # the other engines run tiles, each of which falls back by itself
-                again = Tiling("tile" if self.session.spec.tileable else "whole", memory=self.tiling.memory)
-                work.plan = make_plan(self.session, again, *work.padded, held, work.inputs)
+                again = Tiling("tile" if session.spec.tileable else "whole", memory=self.tiling.memory)
+                work.plan = make_plan(session, again, *work.padded, held, work.inputs)
         if not done:
             work.tiles(result)
         if not native:
             result = quantise(resize(result, *size), rows.dtype)
-        self._finish(work, result.shape, float(outscale or self.scale), stats, started)
+        self._finish(work, result.shape, float(outscale or self.scale), before, started, why)
         return picture.restore(result)
 
     def stream(
@@ -147,32 +162,54 @@ class Upscaler:
         # what waits to be read, written or joined: a few bands
         held = 2**25
         _target(rows.height, rows.width, None, self.scale)
-        work = _Work(self.session, rows, rows.dtype, progress, _cancelled(cancel))
-        plan = stream_plan(self.session, self.tiling, *work.padded, held)
+        started = time.perf_counter()
+        session, why = self._choose(rows)
+        work = _Work(session, rows, rows.dtype, progress, _cancelled(cancel))
+        plan = stream_plan(session, self.tiling, *work.padded, held)
         hidden = rows.alpha_range is not None and rows.alpha_range[0] == 0 < rows.alpha_range[1]
         if plan is None or hidden:  # colour under no alpha comes from its neighbours, wherever they are
             return None
         work.plan = plan
-        return self._streamed(work)
+        return self._streamed(work, started, why)
 
-    def _streamed(self, work: _Work) -> Iterator[Array]:
-        stats, started = self._begin()
+    def _streamed(self, work: _Work, started: float, why: str | None) -> Iterator[Array]:
+        before = self._begin(work.session)
         for _, band in work.stream():
             yield band
         shape = (work.rows.height * self.scale, work.rows.width * self.scale)
-        self._finish(work, shape, float(self.scale), stats, started)
+        self._finish(work, shape, float(self.scale), before, started, why)
 
-    def _begin(self) -> tuple[Stats, float]:
-        self.session.ran_here(reset=True)
-        return self.session.stats, time.perf_counter()
+    def _choose(self, rows: Rows) -> tuple[Session, str | None]:
+        """The session for this picture, and why where there is a choice."""
+        if self._precisions is None:
+            return self.session, None
+        probes = busiest(rows.sample(), self.session.spec)
+        choice = self._precisions.choose(probes, "the picture's busiest crops" if probes else "the picture")
+        return choice.session, choice.reason
+
+    def fall_back(self, error: AnysizeError) -> bool:
+        """After `stream` failed in this thread: whether the caller named another engine to go on with."""
+        session: Session = getattr(self._last, "session", self.session)
+        return session.fall_back(error)
+
+    def _begin(self, session: Session) -> Stats:
+        self._last.session = session
+        session.ran_here(reset=True)
+        return session.stats
 
     def _finish(
-        self, work: _Work, shape: tuple[int, ...], scale: float, before: Stats, started: float
+        self,
+        work: _Work,
+        shape: tuple[int, ...],
+        scale: float,
+        before: Stats,
+        started: float,
+        why: str | None,
     ) -> None:
-        after, plan = self.session.stats, work.plan
+        after, plan = work.session.stats, work.plan
         bands = plan.bands
         # more than one engine only after a fallback
-        ran = self.session.ran_here() if bands is None else bands.stats()[:1]
+        ran = work.session.ran_here() if bands is None else bands.stats()[:1]
         names = ("backend", "device", "precision")
         self._last.report = Report(
             width=shape[1],
@@ -186,6 +223,7 @@ class Upscaler:
             exact=plan.exact,
             max_error=plan.max_error,
             reason=plan.reason,
+            precision_reason=why,
             compiles=after.compiles - before.compiles,
             engine_seconds=work.engine_seconds,
             seconds=time.perf_counter() - started,
@@ -194,7 +232,7 @@ class Upscaler:
 
     def close(self) -> None:
         """Free the session."""
-        self.session.close()
+        (self._precisions or self.session).close()
 
 
 class _ArrayRows:
@@ -212,6 +250,9 @@ class _ArrayRows:
 
     def read(self, top: int, bottom: int) -> Array:
         return self.array[top:bottom]
+
+    def sample(self) -> Array:
+        return self.array
 
 
 class _Work:

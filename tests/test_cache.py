@@ -57,6 +57,19 @@ def test_a_second_start_from_weights_does_not_import_torch(engine: str, tmp_path
     assert not np.allclose(np.load(result), first)
 
 
+@pytest.mark.skipif("torch" not in ENGINES, reason="needs torch")
+def test_torch_probes_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import anysize.exporters.exporting
+
+    weights, options = write_weights(tmp_path / "a.pth", 0), Options(cache_dir=tmp_path / "cache")
+    first = anysize.load(weights, backend="torch", options=options)
+    monkeypatch.setattr(anysize.exporters.exporting, "probe_module", None)  # raises where it is called
+    again = anysize.load(weights, backend="torch", options=options)
+    assert again.spec == first.spec
+    x = np.random.default_rng(0).random((1, 3, 11, 12), np.float32)
+    assert np.array_equal(again(x), first(x))
+
+
 @pytest.mark.parametrize("engine", GRAPH_ENGINES)
 def test_a_foreign_graph_is_probed_once(
     engine: str, toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -92,7 +92,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, *out, "--overlap", "lots"], "--overlap must be 'exact' or a number of pixels, not 'lots'"),
         ([ok, *out, "--method", "magic"], "method must be auto, stream, tile or whole, not 'magic'"),
         ([ok, *out, "--backend", "tensorflow"], "unknown backend 'tensorflow'; known: openvino"),
-        ([ok, *out, "--precision", "f7"], "precision must be one of f32, bf16, not 'f7'"),
+        ([ok, *out, "--precision", "f7"], "precision must be one of f32, bf16, auto, not 'f7'"),
         ([ok, *out, "--device", "abacus"], "'abacus'"),
         ([ok, *out, "--threads", "0"], "threads must be at least 1"),
         ([ok, *out, "--outscale", "-2"], "outscale must be a positive number, not -2"),

@@ -1,0 +1,133 @@
+"""`precision="auto"`: bf16 only where the engine has it and the picture's own crops pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anysize
+import anysize.precision
+import numpy as np
+import pytest
+from anysize import ExecutionError, OptionError, Options, Session, Tiling, Upscaler, load, upscale_file
+from anysize.backends import get_backend
+from anysize.files import write_picture
+from anysize.precision import CROPS, Precisions, busiest
+from conftest import ENGINES
+
+
+def has_bf16(engine: str) -> bool:
+    try:
+        get_backend(engine).check(anysize.backends.EngineOptions("bf16"))
+    except OptionError:
+        return False
+    return True
+
+
+needs_bf16 = pytest.mark.skipif(
+    "openvino" not in ENGINES or not has_bf16("openvino"), reason="needs openvino and bf16 arithmetic"
+)
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(1 / np.square(a.astype(np.float64) - b).mean()))
+
+
+@needs_bf16
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_bf16_is_taken_where_the_picture_passes(channels: int, picture: Any) -> None:
+    x = picture(300, 280, channels, np.float32)
+    auto = Upscaler("default", backend="openvino", precision="auto")
+    result = auto(x)
+    assert auto.report.precision == "bf16"
+    assert "dB from f32" in auto.report.precision_reason
+    want = Upscaler("default", backend="openvino")(x)
+    assert decibels(result[:, :, :3], want[:, :, :3]) >= 50
+    assert not np.array_equal(result, want)
+
+
+@needs_bf16
+def test_f32_is_kept_where_it_does_not(picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anysize.precision, "LEAST_DB", 90)
+    x = picture(300, 280)
+    auto = Upscaler("default", backend="openvino", precision="auto")
+    result = auto(x)
+    assert auto.report.precision == "f32"
+    assert "90 dB are asked for" in auto.report.precision_reason
+    assert np.array_equal(result, Upscaler("default", backend="openvino")(x))
+
+
+@needs_bf16
+def test_f32_is_kept_where_bf16_fails(picture: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = Upscaler("default", backend="openvino", precision="auto")
+    run = Session.run
+
+    def fails(self: Session, *arguments: Any, **options: Any) -> Any:
+        if self is auto._precisions.rough:
+            raise ExecutionError("no", backend="openvino", shape=None)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Session, "run", fails)
+    auto(picture(300, 280))
+    assert auto.report.precision == "f32"
+    assert "bf16 failed on the probe: no" in auto.report.precision_reason
+
+
+@pytest.mark.parametrize("size", [(60, 60), (20, 5000), (255, 256)])
+def test_a_picture_too_small_to_probe_runs_in_f32(backend: str, size: tuple[int, int], picture: Any) -> None:
+    auto = Upscaler("default", backend=backend, precision="auto", tiling=Tiling(tile=256))
+    auto(picture(*size))
+    assert auto.report.precision == "f32"
+    assert auto.report.precision_reason
+
+
+@pytest.mark.skipif("onnxruntime" not in ENGINES, reason="needs onnxruntime")
+def test_an_engine_without_bf16_says_so(picture: Any) -> None:
+    auto = Upscaler("default", backend="onnxruntime", precision="auto")
+    auto(picture(260, 260))
+    assert auto.report.precision == "f32"
+    assert "not bf16" in auto.report.precision_reason
+    assert load("default", backend="onnxruntime", precision="auto").precision == "f32"
+
+
+@needs_bf16
+def test_a_session_decides_on_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load("default", backend="openvino", precision="auto").precision == "bf16"
+    monkeypatch.setattr(anysize.precision, "LEAST_DB", 90)
+    session = load("default", backend="openvino", precision="auto")
+    assert session.precision == "f32"
+    session(np.zeros((1, 3, 9, 9), np.float32))  # not the one that was closed
+
+
+@needs_bf16
+def test_files_are_probed_before_they_are_read(tmp_path: Path, picture: Any) -> None:
+    write_picture(tmp_path / "in.png", picture(600, 300))
+    tiling = Tiling("stream")
+    auto = Upscaler("default", backend="openvino", precision="auto", tiling=tiling)
+    report = upscale_file(tmp_path / "in.png", tmp_path / "auto.png", auto)
+    assert (report.method, report.precision) == ("stream", "bf16")
+    upscale_file(
+        tmp_path / "in.png", tmp_path / "bf16.png", backend="openvino", precision="bf16", tiling=tiling
+    )
+    assert (tmp_path / "auto.png").read_bytes() == (tmp_path / "bf16.png").read_bytes()
+
+
+def test_a_fallback_is_of_one_precision() -> None:
+    with pytest.raises(OptionError, match="precision must be one of"):
+        load("default", options=Options(fallback=("openvino:auto",)))
+
+
+def test_the_busiest_crops_are_taken(picture: Any) -> None:
+    spec = load("default", backend=ENGINES[0]).spec
+    x = np.full((400, 400, 3), 128, np.uint8)
+    x[96 * 2 : 96 * 3, 96:192] = picture(96, 96)
+    probes = busiest(x, spec)
+    assert len(probes) == CROPS
+    assert np.allclose(probes[0], x[96 * 2 : 96 * 3, 96:192].transpose(2, 0, 1)[None] / 255, atol=1e-6)
+
+
+def test_both_are_freed() -> None:
+    pair = Precisions("default", ENGINES[0], Options())
+    pair.close()
+    with pytest.raises(OptionError, match="closed"):
+        pair.precise(np.zeros((1, 3, 9, 9), np.float32))

@@ -47,6 +47,36 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
     return most + 2 * sum(weights.values())
 
 
+def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+    """Arithmetic and traffic of one run: operations, two for each multiply-add of a convolution or a matrix
+    product, and bytes that its operators read and write. None where the graph cannot be read.
+    """
+    assert model.spec is not None
+    if model.format != "onnx" or isinstance(model.data, Path):
+        return None
+    try:
+        import onnx
+        import onnx.reference
+    except ImportError:
+        return None
+    proto = onnx.load_model_from_string(model.data)
+    known = infer_shapes(onnx, proto, model.spec.input_shapes(sizes))
+    done = moved = 0
+    for node in proto.graph.node:
+        if any(name not in known for name in (*node.input, *node.output) if name):
+            continue
+        ends = [known[name][0] for name in node.input if name]
+        if node.op_type == "Conv":
+            done += 2 * math.prod(known[node.output[0]][0]) * math.prod(ends[1][1:])
+        elif node.op_type == "ConvTranspose":
+            done += 2 * math.prod(ends[0]) * math.prod(ends[1][1:])
+        elif node.op_type in ("MatMul", "Gemm"):
+            done += 2 * math.prod(known[node.output[0]][0]) * ends[0][-1]
+        if node.op_type not in ("Shape", "Constant"):
+            moved += sum(_bytes(onnx, *known[name]) for name in (*node.input, *node.output) if name)
+    return done, moved
+
+
 def infer_shapes(
     onnx: Any, proto: Any, inputs: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[tuple[int, ...], int]]:

@@ -214,6 +214,40 @@ def _summary(report: Any, asked: str) -> str:
 
 
 @app.command()
+def bench(
+    model: Model = "default",
+    size: Annotated[
+        list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture; may be given several times.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
+    quick: Annotated[bool, typer.Option(help="At most three rounds, in less than three minutes.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the tables.")] = Path("out"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure engines and precisions on this machine, beside what is commonly done; say what to use."""
+    from anysize.bench import bench as measure
+
+    sizes = [_size(text) for text in size or ()]
+    with err.status("bench") as status:
+        result = measure(model, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
+    made = result.write(output)
+    if as_json:
+        print(json.dumps(result.to_dict()))  # noqa: T201
+        return OK
+    out.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
+    out.print(f"written: {', '.join(map(str, made))}", markup=False, highlight=False, soft_wrap=True)
+    return OK
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise OptionError(f"--size must be WIDTHxHEIGHT, not '{text}'")
+    return int(width), int(height)
+
+
+@app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Weights: a .pth or .safetensors file, or a bundled model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx or .xml file to write.")],

@@ -245,6 +245,12 @@ class Session:
 
         return working_bytes(self._guards[0].model, sizes)
 
+    def operations(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+        """Operations and bytes moved in a run of these sizes; None where the graph cannot be read."""
+        from anysize.exporters.cost import operations
+
+        return operations(self._guards[0].model, sizes)
+
     def fall_back(self, error: AnysizeError) -> bool:
         """After the first engine failed in bands: whether the caller named another to go on with."""
         if len(self._guards) == 1:

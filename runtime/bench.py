@@ -1,0 +1,380 @@
+"""`anysize bench`: what this machine can do, what each way of running a model gets of it, and what to use.
+
+Every case is a process of its own (`bench_worker`), because engines that share one slow each other. Rounds
+take turns, A B C A B C ..., and ratios are medians of ratios within a round, because machines drift.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from anysize.backends import describe_backends
+from anysize.backends.base import Array
+from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
+from anysize.precision import LEAST_DB
+
+#: the case that all others are compared with: what programs commonly do
+COMMON = "torch, tiles of 200 + 10"
+#: seconds a quick run may take in rounds, after all cases have been made ready
+_QUICK_SECONDS = 100
+#: pixels of a quick run's picture take the fastest f32 case about this long
+_RUN_SECONDS = 1.0
+_LEAST, _MOST = 192 * 108, 1280 * 720
+
+
+@dataclass
+class Row:
+    """One case at one size. `ratio`: of speeds, over the common case: median, 10th and 90th percentile.
+
+    `of_peak`: of the operations a second that a large matrix product gets in this precision; None where the
+    graph cannot be read. `decibels`: PSNR of the result against the f32 result of the first engine.
+    """
+
+    name: str
+    case: dict[str, Any]
+    facts: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    mpx_per_second: float = 0.0
+    ratio: tuple[float, float, float] | None = None
+    of_peak: float | None = None
+    decibels: float | None = None
+
+
+@dataclass
+class Benchmark:
+    """What was measured. `tables`: rows by "width x height"; `ceilings`: operations or bytes per second."""
+
+    command: str
+    machine: dict[str, Any]
+    model: str
+    ceilings: dict[str, float]
+    tables: dict[str, list[Row]]
+    left_out: dict[str, str]
+
+    def advice(self) -> list[str]:
+        """What to use here, and why; from the largest size."""
+        rows = list(self.tables.values())[-1]
+        ours = [r for r in rows if r.case["kind"] == "anysize"]
+        lines = []
+        for precision in ("f32", "bf16"):
+            fit = [r for r in ours if r.case["precision"] == precision]
+            good = [r for r in fit if precision == "f32" or (r.decibels or 0) >= LEAST_DB]
+            if fit and not good:
+                lines.append(f"not {precision}: {max(r.decibels or 0 for r in fit):.1f} dB from f32")
+            if good:
+                best = max(good, key=lambda r: r.mpx_per_second)
+                against = f", {best.ratio[0]:.2f} x {COMMON}" if best.ratio else ""
+                peak = f", {best.of_peak:.0%} of the peak" if best.of_peak else ""
+                quality = f", {best.decibels:.1f} dB from f32" if precision != "f32" and best.decibels else ""
+                lines.append(
+                    f"{precision}: --backend {best.case['backend']} --precision {precision} --method "
+                    f"{best.facts['method']}: {best.mpx_per_second:.3f} Mpx/s{against}{peak}{quality}"
+                )
+        return lines
+
+    def markdown(self) -> str:
+        """The tables as Markdown."""
+        about = [f"{key}: {value}" for key, value in self.machine.items()]
+        lines = [f"`{self.command}`", "", "; ".join(about), ""]
+        lines += [f"* {name}: {_giga(name, value)}" for name, value in self.ceilings.items()]
+        for size, rows in self.tables.items():
+            lines += ["", f"## {Path(self.model).name}, {size}", ""]
+            lines += [
+                f"| case | input Mpx/s | times {COMMON} (10th to 90th percentile) | of peak | dB | method |"
+            ]
+            lines += ["|---|---|---|---|---|---|"]
+            for row in rows:
+                ratio = "" if row.ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*row.ratio)
+                peak = "" if row.of_peak is None else f"{row.of_peak:.0%}"
+                decibels = "" if row.decibels is None else f"{row.decibels:.1f}"
+                method = row.facts.get("method", "")
+                lines.append(
+                    f"| {row.name} | {row.mpx_per_second:.4f} | {ratio} | {peak} | {decibels} | {method} |"
+                )
+        lines += ["", "What to use here:", "", *(f"* {line}" for line in self.advice())]
+        lines += ["", *(f"Left out: {name}: {why}" for name, why in self.left_out.items())]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON types."""
+        return asdict(self) | {"advice": self.advice()}
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write bench.json, bench.md and, where matplotlib is installed, bench.png."""
+        folder.mkdir(parents=True, exist_ok=True)
+        made = [folder / "bench.json", folder / "bench.md"]
+        made[0].write_text(json.dumps(self.to_dict(), indent=1))
+        made[1].write_text(self.markdown())
+        try:
+            import matplotlib
+        except ImportError:
+            return made
+        matplotlib.use("Agg")
+        self._draw(folder / "bench.png")
+        return [*made, folder / "bench.png"]
+
+    def _draw(self, path: Path) -> None:
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
+        names = list(dict.fromkeys(row.name for rows in self.tables.values() for row in rows))
+        for name in names:
+            points = [
+                (row.case["height"] * row.case["width"] / 1e6, row.mpx_per_second)
+                for rows in self.tables.values()
+                for row in rows
+                if row.name == name
+            ]
+            left.plot(*zip(*points, strict=True), marker="o", label=name)
+        left.set(xscale="log", xlabel="Mpx of input", ylabel="Mpx of input per second", ylim=(0, None))
+        left.legend(fontsize=7)
+        bandwidth = self.ceilings.get("copy of memory")
+        intensities = np.logspace(-1, 3, 100)
+        for name, peak in self.ceilings.items():
+            if bandwidth and name != "copy of memory":
+                roof = np.minimum(peak, intensities * bandwidth) / 1e9
+                right.plot(intensities, roof, linestyle="--", label=name)
+        for row in list(self.tables.values())[-1]:
+            work = row.facts.get("operations_per_pixel")
+            if work:
+                x = work / row.facts["bytes_per_pixel"]
+                right.plot([x], [row.mpx_per_second * work / 1e3], "o", label=row.name)
+        right.set(xscale="log", yscale="log", xlabel="operations per byte, without caches", ylabel="GFLOP/s")
+        right.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+def _giga(name: str, value: float) -> str:
+    return f"{value / 1e9:.1f} GB/s" if "copy" in name else f"{value / 1e9:.0f} GFLOP/s"
+
+
+class _Worker:
+    """A case in its process: made ready, then run once for each call."""
+
+    def __init__(self, case: dict[str, Any], folder: Path) -> None:
+        self.case = case
+        self.result = folder / "result.npy"
+        command = [
+            sys.executable,
+            "-m",
+            "anysize.bench_worker",
+            json.dumps(case | {"result": str(self.result)}),
+        ]
+        self._errors = (folder / "errors").open("w+")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.facts: dict[str, Any] = {}
+
+    def ready(self) -> None:
+        """Raises `ExecutionError` with the last line the process wrote."""
+        self.facts = json.loads(self._answer())
+
+    def run(self) -> float:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+            raise ExecutionError(
+                f"the process ended: {last}", backend=self.case.get("backend", ""), shape=None
+            )
+        return line
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+
+class _Workers:
+    """All cases of one size, alive at once."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="anysize-bench-")
+        self.ready: dict[str, _Worker] = {}
+        self.left_out: dict[str, str] = {}
+
+    def add(self, name: str, case: dict[str, Any]) -> _Worker | None:
+        """Make a case ready; one that cannot be is noted in `left_out`."""
+        folder = Path(self._folder.name) / str(len(self.ready) + len(self.left_out))
+        folder.mkdir()
+        worker = _Worker(case, folder)
+        try:
+            worker.ready()
+        except AnysizeError as error:
+            self.left_out[name] = str(error)
+            worker.close()
+            return None
+        self.ready[name] = worker
+        return worker
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        for worker in self.ready.values():
+            worker.close()
+        self._folder.cleanup()
+
+
+def bench(
+    model: str = "default",
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    rounds: int = 7,
+    quick: bool = False,
+    say: Callable[[str], Any] = lambda text: None,
+) -> Benchmark:
+    """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second.
+
+    `quick`: three rounds at most, ended early after a hundred seconds. `say` is told what is going on.
+    Raises `OptionError`, `ExecutionError` where no case runs.
+    """
+    if rounds < 1 or any(min(size) < 1 for size in sizes):
+        raise OptionError("rounds and sizes must be at least 1")
+    engines = [info for info in describe_backends() if info.problem is None]
+    if not engines:
+        raise OptionError("no engine is installed")
+    rounds = min(rounds, 3) if quick else rounds
+    say("what the machine can do")
+    ceilings = _ceilings(engines)
+    left_out: dict[str, str] = {}
+    sizes = list(sizes) or [_size(model, engines, left_out)]
+    tables = {}
+    for width, height in sizes:
+        with _Workers() as workers:
+            for name, case in _cases(model, width, height, engines).items():
+                say(f"{width} x {height}: {name}")
+                workers.add(name, case)
+            left_out |= workers.left_out
+            if not workers.ready:
+                raise ExecutionError(f"nothing ran: {left_out}", backend="", shape=None)
+            tables[f"{width} x {height}"] = _measure(workers.ready, rounds, quick, ceilings, say)
+    versions = {info.name: info.version for info in engines}
+    machine = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return Benchmark(command, machine, model, ceilings, tables, left_out)
+
+
+def _cases(model: str, width: int, height: int, engines: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    base = {"model": model, "width": width, "height": height}
+    cases = {}
+    for info in engines:
+        for precision in info.precisions:
+            case = base | {"backend": info.name, "precision": precision}
+            cases[f"anysize {info.name} {precision}"] = case | {"kind": "anysize"}
+            cases[f"{info.name} {precision} alone, tile 128"] = case | {"kind": "raw"}
+    if any(info.name == "torch" for info in engines) and not model.endswith((".onnx", ".xml", ".param")):
+        cases[COMMON] = base | {"kind": "torch", "tile": 200, "precision": "f32"}
+        cases[f"{COMMON}, channels_last"] = cases[COMMON] | {"channels_last": True}
+    return cases
+
+
+def _ceilings(engines: Sequence[Any]) -> dict[str, float]:
+    """The best of a few runs: here the machine's limit is asked for, not its average."""
+    wanted = {"copy of memory": {"what": "copy"}}
+    for info in engines:
+        if info.name == "openvino":
+            for precision in info.precisions:
+                wanted[f"matrix product {precision}"] = {"what": "product", "precision": precision}
+    found = {}
+    with _Workers() as workers:
+        for name, what in wanted.items():
+            worker = workers.add(name, {"kind": "ceiling", **what})
+            if worker is not None:
+                best = min(worker.run() for _ in range(7))
+                found[name] = (worker.facts.get("operations") or worker.facts["bytes"]) / best
+    return found
+
+
+def _size(model: str, engines: Sequence[Any], left_out: dict[str, str]) -> tuple[int, int]:
+    """A 16:9 picture that takes the first engine that runs about a second."""
+    with _Workers() as workers:
+        for info in engines:
+            case = {"kind": "raw", "model": model, "width": 128, "height": 128, "backend": info.name}
+            worker = workers.add(info.name, case | {"precision": "f32"})
+            if worker is not None:
+                pixels = 128**2 / min(worker.run() for _ in range(5)) * _RUN_SECONDS
+                unit = (min(max(pixels, _LEAST), _MOST) / (16 * 9)) ** 0.5 / 4
+                return 64 * max(1, round(unit)), 36 * max(1, round(unit))
+    left_out |= workers.left_out
+    raise ExecutionError(f"no engine runs this model: {workers.left_out}", backend="", shape=None)
+
+
+def _measure(
+    workers: dict[str, _Worker],
+    rounds: int,
+    quick: bool,
+    ceilings: dict[str, float],
+    say: Callable[[str], Any],
+) -> list[Row]:
+    rows = {name: Row(name, worker.case, worker.facts) for name, worker in workers.items()}
+    started = time.perf_counter()
+    for i in range(rounds):
+        if quick and i >= 2 and time.perf_counter() - started > _QUICK_SECONDS:
+            break
+        say(f"round {i + 1} of {rounds}")
+        for name, worker in workers.items():
+            rows[name].seconds.append(worker.run())
+    pictures = {name: np.load(w.result) for name, w in workers.items() if w.result.exists()}
+    reference = next(
+        (pictures[n] for n, r in rows.items() if n in pictures and r.case["precision"] == "f32"), None
+    )
+    work = next((r.facts for r in rows.values() if "operations_per_pixel" in r.facts), {})
+    for name, row in rows.items():
+        pixels = row.facts.get("pixels", row.case["height"] * row.case["width"])
+        speeds = pixels / 1e6 / np.array(row.seconds)
+        row.mpx_per_second = float(np.median(speeds))
+        if COMMON in rows:
+            common = rows[COMMON]
+            pixels = common.case["height"] * common.case["width"]
+            ratios = speeds / (pixels / 1e6 / np.array(common.seconds))
+            median, low, high = (float(q) for q in np.quantile(ratios, (0.5, 0.1, 0.9)))
+            row.ratio = median, low, high
+        row.facts = {k: work[k] for k in ("operations_per_pixel", "bytes_per_pixel") if k in work} | row.facts
+        peak = ceilings.get(f"matrix product {row.case['precision']}")
+        if peak and work:
+            row.of_peak = row.mpx_per_second * 1e6 * work["operations_per_pixel"] / peak
+        if reference is not None and name in pictures and pictures[name] is not reference:
+            row.decibels = _decibels(pictures[name], reference)
+    return list(rows.values())
+
+
+def _decibels(got: Array, want: Array) -> float:
+    square = float(np.square(got.astype(np.float64) - want).mean())
+    return float(10 * np.log10(255**2 / square)) if square else 99.0
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

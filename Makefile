@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench bench-streaming acceptance clean
+.PHONY: demo test check dev bench bench-performance bench-streaming acceptance clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -23,7 +23,11 @@ dev: build/.dev-$(FILES)
 	$(BIN)/pre-commit install
 
 bench: build/.dev-$(FILES)
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/anysize bench --quick
+
+# Throughput, start-up, random sizes, cost by size; needs ../shared/assets. Writes docs/performance.md.
+bench-performance: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/performance.py $(PARTS)
 
 # Streaming against the whole picture, tiles and the raw engine; needs ../shared/assets.
 bench-streaming: build/.dev-$(FILES)

@@ -1,4 +1,4 @@
-"""Which engines exist: three of our own, and whatever the entry point group `anysize.backends` names."""
+"""Which engines exist: four of our own, and whatever the entry point group `anysize.backends` names."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ BUILTIN = {
     "openvino": "anysize.backends.openvino:OpenVINOBackend",
     "onnxruntime": "anysize.backends.onnxruntime:OnnxRuntimeBackend",
     "torch": "anysize.backends.pytorch:TorchBackend",
+    "ncnn": "anysize.backends.ncnn:NcnnBackend",
 }
 
 

@@ -45,7 +45,7 @@ class Table:
 
 def agreement(table: Table, weights: str) -> None:
     """Three engines whole, in float and as PNG; tiles of 64 against the whole on each."""
-    engines = anysize.available_backends()
+    engines = [name for name in anysize.available_backends() if name != "ncnn"]
     for name in PICTURES:
         array = read_picture(ASSETS / "images" / name).array
         floats, files = {}, {}

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from anysize.backends import describe_backends
+from anysize.backends import BackendInfo, describe_backends
 from anysize.backends.base import Array
 from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
 from anysize.precision import LEAST_DB
@@ -242,12 +242,14 @@ class _Workers:
 def bench(
     model: str = "default",
     *,
+    ncnn: str | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     rounds: int = 7,
     quick: bool = False,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Benchmark:
-    """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second.
+    """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second. `ncnn`: the
+    same model as a .param file, for ncnn as a peer.
 
     `quick`: three rounds at most, ended early after a hundred seconds. `say` is told what is going on.
     Raises `OptionError`, `ExecutionError` where no case runs.
@@ -265,7 +267,7 @@ def bench(
     tables = {}
     for width, height in sizes:
         with _Workers() as workers:
-            for name, case in _cases(model, width, height, engines).items():
+            for name, case in _cases(model, ncnn, width, height, engines).items():
                 say(f"{width} x {height}: {name}")
                 workers.add(name, case)
             left_out |= workers.left_out
@@ -283,21 +285,32 @@ def bench(
     return Benchmark(command, machine, model, ceilings, tables, left_out)
 
 
-def _cases(model: str, width: int, height: int, engines: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    base = {"model": model, "width": width, "height": height}
+def _cases(
+    model: str, ncnn: str | None, width: int, height: int, engines: Sequence[BackendInfo]
+) -> dict[str, dict[str, Any]]:
+    base = {"width": width, "height": height, "model": model}
+    loop = base | {"kind": "loop", "tile": 200}
     cases = {}
     for info in engines:
+        if "ncnn" in info.formats and ncnn is not None:
+            for precision in info.precisions:
+                case = loop | {"model": ncnn, "backend": info.name, "precision": precision}
+                cases[f"{info.name} {precision}, tiles of 200 + 10"] = case
+        if ("ncnn" in info.formats) != model.endswith(".param"):
+            continue
         for precision in info.precisions:
             case = base | {"backend": info.name, "precision": precision}
             cases[f"anysize {info.name} {precision}"] = case | {"kind": "anysize"}
             cases[f"{info.name} {precision} alone, tile 128"] = case | {"kind": "raw"}
+            if info.name == "onnxruntime":
+                cases[f"{info.name} {precision}, tiles of 200 + 10"] = case | loop
     if any(info.name == "torch" for info in engines) and not model.endswith((".onnx", ".xml", ".param")):
         cases[COMMON] = base | {"kind": "torch", "tile": 200, "precision": "f32"}
         cases[f"{COMMON}, channels_last"] = cases[COMMON] | {"channels_last": True}
     return cases
 
 
-def _ceilings(engines: Sequence[Any]) -> dict[str, float]:
+def _ceilings(engines: Sequence[BackendInfo]) -> dict[str, float]:
     """The best of a few runs: here the machine's limit is asked for, not its average."""
     wanted = {"copy of memory": {"what": "copy"}}
     for info in engines:
@@ -314,7 +327,7 @@ def _ceilings(engines: Sequence[Any]) -> dict[str, float]:
     return found
 
 
-def _size(model: str, engines: Sequence[Any], left_out: dict[str, str]) -> tuple[int, int]:
+def _size(model: str, engines: Sequence[BackendInfo], left_out: dict[str, str]) -> tuple[int, int]:
     """A 16:9 picture that takes the first engine that runs about a second."""
     with _Workers() as workers:
         for info in engines:

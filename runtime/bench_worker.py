@@ -111,6 +111,19 @@ def _looped(case: Case, infer: Callable[[Array], Array]) -> Ready:
     return run, {"picture": run()}
 
 
+def engine_loop(case: Case) -> Ready:
+    """The same loop on an engine as it comes."""
+    from anysize.session import Options, load
+
+    session = load(
+        case["model"],
+        backend=case["backend"],
+        precision=case["precision"],
+        options=Options(threads=case.get("threads"), shapes="dynamic"),
+    )
+    return _looped(case, session)
+
+
 def torch_loop(case: Case) -> Ready:
     """Eager PyTorch as it comes (NCHW), or with `channels_last`."""
     from pathlib import Path
@@ -168,6 +181,7 @@ def ceilings(case: Case) -> Ready:
 KINDS: dict[str, Callable[[Case], Ready]] = {
     "anysize": upscaler,
     "raw": raw,
+    "loop": engine_loop,
     "torch": torch_loop,
     "ceiling": ceilings,
 }

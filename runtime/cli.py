@@ -219,6 +219,7 @@ def bench(
     size: Annotated[
         list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture; may be given several times.")
     ] = None,
+    ncnn: Annotated[str | None, typer.Option(help="The same model as a .param file, as a peer.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
     quick: Annotated[bool, typer.Option(help="At most three rounds, in less than three minutes.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the tables.")] = Path("out"),
@@ -230,7 +231,7 @@ def bench(
 
     sizes = [_size(text) for text in size or ()]
     with err.status("bench") as status:
-        result = measure(model, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
+        result = measure(model, ncnn=ncnn, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
     made = result.write(output)
     if as_json:
         print(json.dumps(result.to_dict()))  # noqa: T201

@@ -43,7 +43,7 @@ else:
 
 WEIGHTS = (".pth", ".safetensors")
 #: suffix -> format of files that engines read themselves
-GRAPHS = {".onnx": "onnx", ".xml": "xml"}
+GRAPHS = {".onnx": "onnx", ".xml": "xml", ".param": "ncnn"}
 #: channels of the image input tried on a bare module
 _CHANNELS = (3, 1, 4, 2)
 
@@ -232,6 +232,8 @@ def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) ->
     except Exception as error:  # an engine that compiles a foreign file fails in its own way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(f"{path}: {reason[0]}") from error
+    if form == "ncnn":  # the weights lie beside it
+        data += path.with_suffix(".bin").read_bytes()
     return replace(model, spec=replace(spec, source_sha256=hashlib.sha256(data).hexdigest()))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from anysize.guard import ShapeGuard
 from anysize.session import Session
 
 ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
-ENGINES = anysize.available_backends()
+#: engines that run any model here; ncnn has its own files only, and the conformance suite
+ENGINES = [name for name in anysize.available_backends() if name != "ncnn"]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,6 +64,31 @@ class ToyBox:
         self.make(name, **arguments)
         return self.folder / (name + "".join(f"-{k}{v}" for k, v in arguments.items()) + ".onnx")
 
+    def model(self, name: str, engine: Backend, **arguments: int) -> Model:
+        """In the form this engine takes."""
+        module, onnx = self.make(name, **arguments)
+        if "onnx" in engine.formats:
+            return onnx
+        return Model("module", module, onnx.spec) if "module" in engine.formats else self._ncnn(name, module)
+
+    def _ncnn(self, name: str, module: Any) -> Model:
+        import pnnx
+        import torch
+
+        folder = self.folder / f"{name}-ncnn"
+        path, onnx = folder / "model.ncnn.param", self.made[name][1]
+        if not path.exists():
+            folder.mkdir()
+            examples = {"inputs": torch.rand(1, 3, 16, 16), "inputs2": torch.rand(1, 3, 24, 20)}
+            pnnx.export(module, str(folder / "model.pt"), fp16=False, **examples)
+            if name == "Identity":  # made a net without layers, whose input is called as its output
+                path.write_text("7767517\n2 2\nInput in 0 1 in0\nNoop none 1 1 in0 out0\n")
+            path.write_text(re.sub(r"\bin0\b", "x", re.sub(r"\bout0\b", "output", path.read_text())))
+        spec = onnx.spec
+        tensors = (replace(t, shape=(1, *t.shape[1:])) for t in (*spec.inputs, *spec.outputs))
+        first, last = tensors
+        return Model("ncnn", path, replace(spec, inputs=(first,), outputs=(last,)))
+
     def session(
         self,
         name: str,
@@ -72,9 +100,8 @@ class ToyBox:
         threads: int | None = None,
         **arguments: int,
     ) -> Session:
-        module, onnx = self.make(name, **arguments)
         engine = get_backend(backend) if isinstance(backend, str) else backend
-        model = onnx if "onnx" in engine.formats else Model("module", module, onnx.spec)
+        model = self.model(name, engine, **arguments)
         options = EngineOptions(precision, "cpu", threads)
         return Session([ShapeGuard(engine, model, options, shapes, max_live)])
 

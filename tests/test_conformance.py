@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import anysize
 import numpy as np
 import pytest
 from anysize import ModelLoadError, OptionError
@@ -15,13 +17,23 @@ from conftest import ToyBox
 F32 = EngineOptions()
 
 
+@pytest.fixture(params=anysize.available_backends())
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every installed engine, those with files of their own too."""
+    return str(request.param)
+
+
 def compile_toy(
     toybox: ToyBox, backend: str, name: str, shape: tuple[int, ...] | None, **kw: int
 ) -> Executable:
-    module, onnx = toybox.make(name, **kw)
     engine = get_backend(backend)
-    model = onnx if "onnx" in engine.formats else Model("module", module, onnx.spec)
+    model = toybox.model(name, engine, **kw)
     return engine.compile(model, None if shape is None else {"x": shape}, F32)
+
+
+def pictures(backend: str) -> int:
+    """More than one at a time where the engine can."""
+    return 1 if backend == "ncnn" else 2
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -37,13 +49,14 @@ def test_names_itself_and_its_engine(backend: str) -> None:
     assert get_backend(backend) is engine
 
 
-@pytest.mark.parametrize("shape", [None, (2, 3, 9, 14)])
-def test_declares_and_returns_what_the_model_has(backend: str, toybox: ToyBox, shape: tuple | None) -> None:
-    program = compile_toy(toybox, backend, "Nearest", shape)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_declares_and_returns_what_the_model_has(backend: str, toybox: ToyBox, fixed: bool) -> None:
+    shape = (pictures(backend), 3, 9, 14)
+    program = compile_toy(toybox, backend, "Nearest", shape if fixed else None)
     assert [p.name for p in program.inputs] == ["x"]
     assert [p.name for p in program.outputs] == ["output"]
     assert program.inputs[0].dtype == np.float32
-    x = noise(2, 3, 9, 14)
+    x = noise(*shape)
     outputs = program.run({"x": x})
     assert list(outputs) == ["output"]
     np.testing.assert_array_equal(outputs["output"], x.repeat(2, 2).repeat(2, 3))
@@ -125,7 +138,7 @@ def test_is_repeatable_and_agrees_with_torch(backend: str, toybox: ToyBox) -> No
 
     module, _ = toybox.make("EncoderDecoder")
     program = compile_toy(toybox, backend, "EncoderDecoder", None)
-    x = noise(2, 3, 24, 32)
+    x = noise(pictures(backend), 3, 24, 32)
     want = module(torch.from_numpy(x)).numpy()
     got = program.run({"x": x})["output"]
     assert np.abs(got - want).max() <= 1e-5
@@ -182,9 +195,14 @@ def test_metadata_carries_the_contract(backend: str, toybox: ToyBox) -> None:
     assert ModelSpec.from_json(engine.metadata(onnx)[SPEC_KEY]) == onnx.spec
 
 
-def test_a_damaged_file_is_a_load_error(backend: str) -> None:
+def test_a_damaged_file_is_a_load_error(backend: str, tmp_path: Path) -> None:
     engine = get_backend(backend)
-    damaged = Model("onnx", b"not an ONNX file at all") if "onnx" in engine.formats else Model("module", None)
+    damaged = Model("module", None)
+    if "onnx" in engine.formats:
+        damaged = Model("onnx", b"not an ONNX file at all")
+    if "ncnn" in engine.formats:
+        damaged = Model("ncnn", tmp_path / "model.param")
+        damaged.data.write_bytes(b"not a file of ncnn at all")
     with pytest.raises(ModelLoadError):
         engine.compile(damaged, None, F32)
 

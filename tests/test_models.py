@@ -252,7 +252,7 @@ def test_missing_engines_are_named_with_their_install_line(monkeypatch: pytest.M
     from anysize.backends import registry
 
     registry.get_backend.cache_clear()
-    for name in ("openvino", "onnxruntime", "torch"):
+    for name in registry.BUILTIN:
         monkeypatch.setitem(sys.modules, name, None)
     try:
         for name in ("openvino", "onnxruntime", "torch"):

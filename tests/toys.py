@@ -336,3 +336,15 @@ class Dilated(nn.Module):
         for layer in self.layers:
             y = torch.tanh(layer(y))
         return x + 0.2 * y
+
+
+class Doubling(nn.Module):
+    """x2: a convolution and a shuffle of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(14)
+        self.conv = nn.Conv2d(3, 12, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)

@@ -1,0 +1,94 @@
+"""The benchmark: cases in processes of their own, figures from what was measured, and a case that fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from anysize import ExecutionError, OptionError
+from anysize.bench import COMMON, Benchmark, bench
+from anysize.bench_worker import _looped, picture
+from anysize.cli import main
+from conftest import ToyBox
+
+
+@pytest.fixture(scope="module")
+def measured() -> Benchmark:
+    return bench(sizes=[(96, 64)], rounds=2)
+
+
+def test_every_case_is_measured(measured: Benchmark) -> None:
+    assert list(measured.tables) == ["96 x 64"]
+    for rows in measured.tables.values():
+        assert {row.case["kind"] for row in rows} >= {"anysize", "raw", "torch", "loop"}
+        for row in rows:
+            assert len(row.seconds) == 2
+            assert row.mpx_per_second > 0
+            assert row.ratio is not None
+            assert row.ratio[1] <= row.ratio[0] <= row.ratio[2]
+        common = next(row for row in rows if row.name == COMMON)
+        assert common.ratio == (1, 1, 1)
+    assert not measured.left_out
+
+
+def test_results_are_compared(measured: Benchmark) -> None:
+    for row in measured.tables["96 x 64"]:
+        if row.decibels is not None:
+            # f32 agrees to rounding, which bf16 does not
+            assert (row.decibels > 65) == (row.case["precision"] == "f32")
+            assert row.decibels > 45
+
+
+def test_part_of_the_peak_follows_from_the_operations(measured: Benchmark) -> None:
+    row = next(r for r in measured.tables["96 x 64"] if r.name == "openvino f32 alone, tile 128")
+    work = row.facts["operations_per_pixel"]
+    assert 1e4 < work < 1e6
+    peak = measured.ceilings["matrix product f32"]
+    assert row.of_peak == pytest.approx(row.mpx_per_second * 1e6 * work / peak)
+
+
+def test_advice_names_the_fastest(measured: Benchmark) -> None:
+    rows = [r for r in measured.tables["96 x 64"] if r.case["kind"] == "anysize"]
+    best = max((r for r in rows if r.case["precision"] == "f32"), key=lambda r: r.mpx_per_second)
+    assert f"f32: --backend {best.case['backend']} --precision f32" in measured.advice()[0]
+
+
+def test_what_is_written(measured: Benchmark, tmp_path: Path) -> None:
+    made = {path.suffix: path for path in measured.write(tmp_path / "new")}
+    read = json.loads(made[".json"].read_text())
+    assert read["tables"]["96 x 64"][0]["mpx_per_second"] == measured.tables["96 x 64"][0].mpx_per_second
+    for row in measured.tables["96 x 64"]:
+        assert f"| {row.name} | {row.mpx_per_second:.4f} |" in made[".md"].read_text()
+    assert made[".png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_loop_pastes_every_tile() -> None:
+    case = {"height": 47, "width": 61, "tile": 20}
+    run, facts = _looped(case, lambda x: x.repeat(2, 2).repeat(2, 3))
+    want = picture(47, 61).repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(facts["picture"], want)
+    np.testing.assert_array_equal(run(), want)
+
+
+def test_a_model_that_does_not_run_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "bad.onnx").write_bytes(b"nothing")
+    with pytest.raises(ExecutionError, match=r"no engine runs this model.*bad\.onnx"):
+        bench(str(tmp_path / "bad.onnx"))
+    with pytest.raises(OptionError, match="at least 1"):
+        bench(rounds=0)
+
+
+def test_the_command(toybox: ToyBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = toybox.file("Doubling")
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "-m", str(model), "--size", "32x24", "--rounds", "1", "-o", str(tmp_path), "--json"])
+    assert stop.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["model"] == str(model)
+    assert printed["advice"]
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--size", "32"])
+    assert stop.value.code == 2
+    assert "--size must be WIDTHxHEIGHT" in capsys.readouterr().err

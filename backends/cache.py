@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import tempfile
-from importlib.metadata import version
+import time
 from pathlib import Path
 
 log = logging.getLogger("anysize")
@@ -19,13 +20,15 @@ log = logging.getLogger("anysize")
 #: bytes kept in all; beyond it, what was used longest ago goes first
 LIMIT = 2 * 2**30
 _DIGEST = 32
+#: what a file is called while it is written, and seconds after which nobody is writing it any more
+_NEW, _ABANDONED = ".anysize-", 86400
 
 
 class Cache:
-    """Bytes by key and anysize's version. Thread-safe; what cannot be read or written is just not there."""
+    """Bytes by key and by the code that made them. Thread-safe; what cannot be read is not there."""
 
-    def __init__(self, folder: Path, limit: int = LIMIT) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path, made_by: str = "", limit: int = LIMIT) -> None:
+        self.folder, self.made_by, self.limit = folder, made_by, limit
         self._warned = False
 
     def get(self, *key: str) -> bytes | None:
@@ -33,9 +36,10 @@ class Cache:
         path = self._path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)  # used now
         except OSError:
             return None
+        with contextlib.suppress(OSError):  # a cache may be read-only
+            os.utime(path)  # used now
         if data[:_DIGEST] == _digest(path.name, data[_DIGEST:]):
             return data[_DIGEST:]
         log.warning("%s is damaged and will be made again", path)
@@ -48,7 +52,7 @@ class Cache:
         path = self._path(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".new-", dir=self.folder)
+            handle, name = tempfile.mkstemp(prefix=_NEW, dir=self.folder)
             try:
                 with os.fdopen(handle, "wb") as file:
                     file.write(_digest(path.name, data))
@@ -65,14 +69,21 @@ class Cache:
             self._warned = True
 
     def _path(self, key: tuple[str, ...]) -> Path:
-        return self.folder / hashlib.sha256("\0".join((version("anysize"), *key)).encode()).hexdigest()
+        return self.folder / hashlib.sha256("\0".join((self.made_by, *key)).encode()).hexdigest()
 
     def _trim(self) -> None:
-        files = []
+        """Of files by our own names only: the folder may be somebody else's too."""
+        files, now = [], time.time()
         for path in self.folder.iterdir():
+            left = path.name.startswith(_NEW)
+            if not left and not re.fullmatch("[0-9a-f]{64}", path.name):
+                continue
             with contextlib.suppress(OSError):  # another process may have removed it
                 state = path.stat()
-                files.append((state.st_mtime, state.st_size, path))
+                if not left:
+                    files.append((state.st_mtime, state.st_size, path))
+                elif now - state.st_mtime > _ABANDONED:
+                    path.unlink()
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
             if total <= self.limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -55,11 +56,22 @@ class NcnnBackend(Backend):
         weights = param.with_suffix(".bin")
         if not weights.is_file():
             raise ModelLoadError(f"{weights}: no such file; ncnn keeps a model's weights beside its .param")
+        # the engine reads the files itself, at every compilation: they must still be those that were opened
+        if model.spec is not None and model.spec.source_sha256 not in ("", digest(param)):
+            raise ModelLoadError(f"{param} or {weights} has changed since it was opened")
         if net.load_param(str(param)) or net.load_model(str(weights)):
             raise ModelLoadError(f"ncnn cannot load {param} with {weights}")
         if any(name not in channels for name in net.input_names()):
             raise ModelLoadError(f"{param}: no convolution reads the input, so its channels are unknown")
         return _Program(self._ncnn, net, channels, _joints(param))
+
+
+def digest(param: Path) -> str:
+    """The sha256 of both files."""
+    try:
+        return hashlib.sha256(param.read_bytes() + param.with_suffix(".bin").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"{param}: cannot be read: {error.strerror}") from error
 
 
 def _input_channels(param: Path) -> dict[str, int]:
@@ -77,10 +89,12 @@ def _input_channels(param: Path) -> dict[str, int]:
         origin: dict[str, str] = {}  # the input that a tensor is a copy of
         for kind, _, reads, makes, *rest in layers:
             sources, made = rest[: int(reads)], rest[int(reads) : int(reads) + int(makes)]
+            facts = dict(item.split("=", 1) for item in rest[int(reads) + int(makes) :])
+            if kind == "Input" and int(facts.get("2", 0)) > 0:
+                channels |= dict.fromkeys(made, int(facts["2"]))
             if kind in ("Input", "Split"):
                 origin |= {name: origin.get(sources[0], "") if sources else name for name in made}
             elif kind == "Convolution" and origin.get(sources[0]):
-                facts = dict(item.split("=", 1) for item in rest[int(reads) + int(makes) :])
                 kernel = int(facts[_WIDE]) * int(facts.get(_TALL, facts[_WIDE]))
                 channels[origin[sources[0]]] = int(facts[_WEIGHTS]) // (int(facts[_OUTPUTS]) * kernel)
     except OSError as error:
@@ -145,7 +159,8 @@ class _Program(Executable):
                 status, value = extractor.extract(name)
                 if status:
                     raise RuntimeError(f"ncnn cannot compute '{name}' (status {status})")
-                sizes.append((value.w, value.h))
+                if value.dims == 3:  # others are numbers for each channel
+                    sizes.append((value.w, value.h))
             if len(set(sizes) - {(1, 1)}) > 1:
                 raise ValueError(f"tensors {names} of (width, height) {sizes} do not fit together")
         with self._lock:

@@ -24,6 +24,7 @@ from anysize.backends import BackendInfo, describe_backends
 from anysize.backends.base import Array
 from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
 from anysize.precision import LEAST_DB
+from anysize.sources import source_format
 
 #: the case that all others are compared with: what programs commonly do
 COMMON = "torch, tiles of 200 + 10"
@@ -32,6 +33,7 @@ _QUICK_SECONDS = 100
 #: pixels of a quick run's picture take the fastest f32 case about this long
 _RUN_SECONDS = 1.0
 _LEAST, _MOST = 192 * 108, 1280 * 720
+_LARGEST = 2**26
 
 
 @dataclass
@@ -99,7 +101,7 @@ class Benchmark:
                 ratio = "" if row.ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*row.ratio)
                 peak = "" if row.of_peak is None else f"{row.of_peak:.0%}"
                 decibels = "" if row.decibels is None else f"{row.decibels:.1f}"
-                method = row.facts.get("method", "")
+                method = row.facts.get("method", "") or row.facts.get("note", "")
                 lines.append(
                     f"| {row.name} | {row.mpx_per_second:.4f} | {ratio} | {peak} | {decibels} | {method} |"
                 )
@@ -220,15 +222,18 @@ class _Workers:
         """Make a case ready; one that cannot be is noted in `left_out`."""
         folder = Path(self._folder.name) / str(len(self.ready) + len(self.left_out))
         folder.mkdir()
-        worker = _Worker(case, folder)
+        worker = self.ready[name] = _Worker(case, folder)
         try:
             worker.ready()
-        except AnysizeError as error:
-            self.left_out[name] = str(error)
-            worker.close()
+        except (AnysizeError, OSError, ValueError) as error:
+            self.drop(name, error)
             return None
-        self.ready[name] = worker
         return worker
+
+    def drop(self, name: str, error: Exception) -> None:
+        """A case that cannot go on; the others do."""
+        self.left_out[name] = str(error)
+        self.ready.pop(name).close()
 
     def __enter__(self) -> _Workers:
         return self
@@ -256,6 +261,10 @@ def bench(
     """
     if rounds < 1 or any(min(size) < 1 for size in sizes):
         raise OptionError("rounds and sizes must be at least 1")
+    if any(width * height > _LARGEST for width, height in sizes):
+        raise OptionError(f"sizes may have {_LARGEST} pixels at most")
+    for path in filter(None, (model, ncnn)):
+        source_format(path)
     engines = [info for info in describe_backends() if info.problem is None]
     if not engines:
         raise OptionError("no engine is installed")
@@ -270,10 +279,11 @@ def bench(
             for name, case in _cases(model, ncnn, width, height, engines).items():
                 say(f"{width} x {height}: {name}")
                 workers.add(name, case)
+            rows = _measure(workers, rounds, quick, ceilings, say) if workers.ready else []
             left_out |= workers.left_out
-            if not workers.ready:
+            if not rows:
                 raise ExecutionError(f"nothing ran: {left_out}", backend="", shape=None)
-            tables[f"{width} x {height}"] = _measure(workers.ready, rounds, quick, ceilings, say)
+            tables[f"{width} x {height}"] = rows
     versions = {info.name: info.version for info in engines}
     machine = {
         "processor": _processor(),
@@ -342,21 +352,25 @@ def _size(model: str, engines: Sequence[BackendInfo], left_out: dict[str, str]) 
 
 
 def _measure(
-    workers: dict[str, _Worker],
+    workers: _Workers,
     rounds: int,
     quick: bool,
     ceilings: dict[str, float],
     say: Callable[[str], Any],
 ) -> list[Row]:
-    rows = {name: Row(name, worker.case, worker.facts) for name, worker in workers.items()}
+    rows = {name: Row(name, worker.case, worker.facts) for name, worker in workers.ready.items()}
     started = time.perf_counter()
     for i in range(rounds):
         if quick and i >= 2 and time.perf_counter() - started > _QUICK_SECONDS:
             break
         say(f"round {i + 1} of {rounds}")
-        for name, worker in workers.items():
-            rows[name].seconds.append(worker.run())
-    pictures = {name: np.load(w.result) for name, w in workers.items() if w.result.exists()}
+        for name, worker in list(workers.ready.items()):
+            try:
+                rows[name].seconds.append(worker.run())
+            except (AnysizeError, OSError, ValueError) as error:
+                workers.drop(name, error)
+                del rows[name]
+    pictures = {name: np.load(w.result) for name, w in workers.ready.items() if w.result.exists()}
     reference = next(
         (pictures[n] for n, r in rows.items() if n in pictures and r.case["precision"] == "f32"), None
     )
@@ -375,8 +389,13 @@ def _measure(
         peak = ceilings.get(f"matrix product {row.case['precision']}")
         if peak and work:
             row.of_peak = row.mpx_per_second * 1e6 * work["operations_per_pixel"] / peak
-        if reference is not None and name in pictures and pictures[name] is not reference:
-            row.decibels = _decibels(pictures[name], reference)
+        picture = pictures.get(name)
+        if picture is None or reference is None or picture is reference:
+            continue
+        if picture.shape != reference.shape:
+            row.facts["note"] = f"its result is of {picture.shape}, not {reference.shape}: another model"
+        else:
+            row.decibels = _decibels(picture, reference)
     return list(rows.values())
 
 

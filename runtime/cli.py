@@ -230,6 +230,7 @@ def bench(
     from anysize.bench import bench as measure
 
     sizes = [_size(text) for text in size or ()]
+    _make_folder(output)
     with err.status("bench") as status:
         result = measure(model, ncnn=ncnn, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
     made = result.write(output)

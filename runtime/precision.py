@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from anysize.backends import Backend
-from anysize.backends.base import Array
+from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import ExecutionError, IntegrityError, OptionError, ShapeError
 from anysize.backends.spec import ModelSpec
 from anysize.exporters.exporting import random_feeds
@@ -40,29 +41,56 @@ class Precisions:
         self.precise = load(source, backend=backend, options=options)
         self.rough: Session | None = None
         self._missing = ""
+        # the engines to fall back on are asked for f32, unless the caller said otherwise
+        chain = tuple(name if ":" in name else f"{name}:f32" for name in options.fallback)
         try:
-            self.rough = load(source, backend=backend, precision="bf16", options=options)
+            rough = load(source, backend=backend, precision="bf16", options=replace(options, fallback=chain))
         except OptionError as error:
             self._missing = str(error)
+        except BaseException:
+            self.precise.close()
+            raise
+        else:
+            if rough.precision == "bf16" and not rough.stats.fallbacks:
+                self.rough = rough
+            else:
+                self._missing = "; ".join(rough.stats.fallbacks)
+                rough.close()
 
-    def choose(self, probes: list[Array], where: str) -> Choice:
-        """Compare the two on these inputs, (1, C, H, W) each; f32 if there are none."""
+    def choose(self, probes: list[Feeds], where: str) -> Choice:
+        """Compare the two on these inputs; f32 if there are none."""
         if self.rough is None:
             return Choice(self.precise, self._missing)
         if not probes:
             return Choice(self.precise, f"{where} is too small for a probe to pay")
-        low, high = self.precise.spec.value_range
-        squares = []
+        failed = len(self.rough.stats.fallbacks)
         try:
-            for probe in probes:
-                want, got = (np.clip(s(probe), low, high) for s in (self.precise, self.rough))
-                squares.append(np.square(got.astype(np.float64) - want).mean())
+            worst = min(self._decibels(probe) for probe in probes)
         except (ExecutionError, IntegrityError) as error:
             return Choice(self.precise, f"bf16 failed on the probe: {error}")
-        worst = float(np.max(squares))  # NaN stays NaN, and is above no bound
-        decibels = 10 * np.log10((high - low) ** 2 / worst) if worst != 0 else np.inf
-        reason = f"bf16 is {decibels:.1f} dB from f32 on {where}; at least {LEAST_DB:g} dB are asked for"
-        return Choice(self.rough if decibels >= LEAST_DB else self.precise, reason)
+        if len(self.rough.stats.fallbacks) > failed:
+            return Choice(self.precise, f"bf16 failed on the probe: {self.rough.stats.fallbacks[-1]}")
+        reason = f"bf16 is {worst:.1f} dB from f32 on {where}; at least {LEAST_DB:g} dB are asked for"
+        return Choice(self.rough if worst >= LEAST_DB else self.precise, reason)
+
+    def _decibels(self, probe: Feeds) -> float:
+        """PSNR of the worst output: over the value range of a picture, the largest value of anything else."""
+        assert self.rough is not None
+        spec = self.precise.spec
+        low, high = spec.value_range
+        want, got = (session.run(probe, finite=True) for session in (self.precise, self.rough))
+        worst = np.inf
+        for name, values in want.items():
+            ours, others = values.astype(np.float64), got[name].astype(np.float64)
+            peak = high - low
+            if spec.scale is None:
+                peak = float(np.abs(ours).max())
+            else:
+                ours, others = ours.clip(low, high), others.clip(low, high)
+            square = float(np.square(ours - others).mean())
+            if square:
+                worst = min(worst, 10 * np.log10(max(peak, 1e-30) ** 2 / square))
+        return worst
 
     def close(self, but: Session | None = None) -> None:
         """Free both, or the other one."""
@@ -71,39 +99,41 @@ class Precisions:
                 session.close()
 
 
-def noise(spec: ModelSpec) -> list[Array]:
-    """Noise as a model input: harder to round than a picture."""
-    sizes = {name: dim.floor(max(SIDE, dim.min)) for name, dim in spec.dims.items()}
-    batch = spec.inputs[0].shape[0]
-    return [random_feeds(spec, sizes | {getattr(batch, "name", ""): 1})[spec.inputs[0].name]]
+def noise(spec: ModelSpec) -> list[Feeds]:
+    """Noise as input: harder to round than a picture."""
+    batch = getattr(spec.inputs[0].shape[0], "name", "")
+    sizes = {name: dim.floor(max(SIDE, dim.min)) for name, dim in spec.dims.items() if name != batch}
+    return [random_feeds(spec, sizes | ({batch: spec.dims[batch].min} if batch else {}))]
 
 
-def busiest(pixels: Array, spec: ModelSpec) -> list[Array]:
-    """The busiest crops of HWC pixels as model inputs, (1, C, side, side); none of too small a picture."""
+def busiest(picture: Iterable[Array], height: int, width: int, spec: ModelSpec) -> list[Feeds]:
+    """The busiest crops of each plane that will run, as inputs; none of too small a picture.
+
+    `picture`: HWC pixels in pieces from the top down. Alpha counts: it runs through the model as grey.
+    """
     rows, columns = (round_up(SIDE, image_step(spec, axis)) for axis in (2, 3))
-    height, width = pixels.shape[:2]
+    name = spec.inputs[0].name
     if height < rows or width < columns or height * width < WORTH_PROBING:
         return []
     try:
-        spec.bind({spec.inputs[0].name: (1, spec.channels or 3, rows, columns)})
+        spec.bind({name: (1, spec.channels or 3, rows, columns)})
     except ShapeError:
         return []
-    corners = [
-        (top, left)
-        for top in range(0, height - rows + 1, rows)
-        for left in range(0, width - columns + 1, columns)
-    ]
-
-    def edges(corner: tuple[int, int]) -> float:
-        top, left = corner
-        crop = pixels[top : top + rows, left : left + columns].astype(np.float32)
-        return float(np.abs(np.diff(crop, axis=0)).mean() + np.abs(np.diff(crop, axis=1)).mean())
-
+    best: dict[int, list[tuple[float, Array]]] = {}
+    for piece in picture:
+        for top in range(0, len(piece) - rows + 1, rows):
+            for left in range(0, width - columns + 1, columns):
+                colour, alpha = split(piece[top : top + rows, left : left + columns])
+                parts = list(colour[:, None]) if spec.channels == 1 else [colour]
+                for i, part in enumerate([*parts, *([] if alpha is None else [alpha])]):
+                    edges = float(np.abs(np.diff(part, axis=1)).mean() + np.abs(np.diff(part, axis=2)).mean())
+                    found = best.setdefault(i, [])
+                    found.append((edges, part))
+                    found.sort(key=lambda item: -item[0])
+                    del found[CROPS:]
     low, high = spec.value_range
-    probes = []
-    for top, left in sorted(corners, key=edges, reverse=True)[:CROPS]:
-        planes, _ = split(pixels[top : top + rows, left : left + columns])
-        if len(planes) != spec.channels:  # grey as three, or colour as one of its planes
-            planes = np.repeat(planes[:1], spec.channels or 3, axis=0)
-        probes.append(planes[None] * np.float32(high - low) + np.float32(low))
+    probes: list[Feeds] = []
+    for _, part in (item for found in best.values() for item in found):
+        planes = np.repeat(part, spec.channels or 3, axis=0) if len(part) != spec.channels else part
+        probes.append({name: planes[None] * np.float32(high - low) + np.float32(low)})
     return probes

@@ -6,6 +6,7 @@ import queue
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ from anysize.backends.errors import ImageError
 from anysize.files import open_picture_file, readable, save
 
 _FORMATS: dict[str, np.dtype[Any]] = {"uchar": np.dtype(np.uint8), "ushort": np.dtype(np.uint16)}
-_SAMPLE = 256
+_PIECE = 768  # rows; a multiple of the side of the crops that precision "auto" looks at
 _WAITING = 3  # bands between the maker and the writer
 
 
@@ -69,14 +70,17 @@ class RowReader:
             self._ahead = self._worker.submit(self._fetch, have, following)
         return rows
 
-    def sample(self) -> Array:
-        """The first rows, before any is read."""
-        self._held = self._fetch(0, min(self.height, _SAMPLE))
-        return self._held
+    def pieces(self) -> Iterator[Array]:
+        """All rows from the top down, in pieces, by decoding the file once more."""
+        import pyvips
 
-    def _fetch(self, top: int, bottom: int) -> Array:
+        region = pyvips.Region.new(open_picture_file(self._path))
+        for top in range(0, self.height, _PIECE):
+            yield self._fetch(top, min(top + _PIECE, self.height), region)
+
+    def _fetch(self, top: int, bottom: int, region: Any = None) -> Array:
         with readable(self._path):
-            data = self._region.fetch(0, top, self.width, bottom - top)
+            data = (region or self._region).fetch(0, top, self.width, bottom - top)
         return np.frombuffer(data, self.dtype).reshape(bottom - top, self.width, self.channels)
 
     def close(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +73,25 @@ class Options:
         elif os.fspath(folder):
             try:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise OptionError(f"{folder}: cannot be a cache folder: {error.strerror}") from error
+            except (OSError, ValueError) as error:
+                raise OptionError(f"{folder!r} cannot be a cache folder: {error}") from error
         if folder is None:
             from platformdirs import user_cache_dir
 
             folder = user_cache_dir("anysize", appauthor=False)
-        return Cache(Path(folder)) if os.fspath(folder) else None
+        return Cache(Path(folder).absolute(), _code()) if os.fspath(folder) else None
+
+
+@cache
+def _code() -> str:
+    """A digest of the code that probes, converts and compiles: what another version made is not taken."""
+    from anysize import backends, exporters, models
+
+    digest = hashlib.sha256()
+    for package in (backends, exporters, models):
+        for file in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def load(
@@ -103,7 +117,11 @@ def load(
         from anysize.precision import Precisions, noise
 
         pair = Precisions(source, backend, settings)
-        choice = pair.choose(noise(pair.precise.spec), "noise")
+        try:
+            choice = pair.choose(noise(pair.precise.spec), "noise")
+        except BaseException:
+            pair.close()
+            raise
         log.info("precision auto: %s", choice.reason)
         pair.close(but=choice.session)
         return choice.session
@@ -116,14 +134,14 @@ def load(
             raise OptionError(f"precision must be one of {', '.join(PRECISIONS)}, not '{wanted}'")
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source):
         raise OptionError("the model's name is empty")
-    cache = settings.cache()
+    kept = settings.cache()
     guards: list[ShapeGuard] = []
     skipped: list[str] = []
     for i, (engine_name, wanted) in enumerate(chain):
         try:
             engine = choose_backend(source, engine_name)
-            engine_options = EngineOptions(wanted, settings.device, settings.threads, cache)
-            model = open_source(source, engine, cache)
+            engine_options = EngineOptions(wanted, settings.device, settings.threads, kept)
+            model = open_source(source, engine, kept)
             guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, settings.max_live))
         except (BackendUnavailableError, OptionError) as error:
             if i == len(chain) - 1 and not guards:

@@ -217,7 +217,7 @@ def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) ->
         raise ModelLoadError(f"{path}: the file is empty")
     # A file with external data says where under this key; engines resolve that from the path.
     alone = form == "onnx" and b"location" not in data
-    model = Model(form, data if alone else path)
+    model = Model(form, data if alone else path.absolute())
     try:
         text = backend.metadata(model).get(SPEC_KEY)
         if text is not None:
@@ -232,7 +232,7 @@ def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) ->
     except Exception as error:  # an engine that compiles a foreign file fails in its own way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(f"{path}: {reason[0]}") from error
-    if form == "ncnn":  # the weights lie beside it
+    if form == "ncnn":  # its weights lie beside it
         data += path.with_suffix(".bin").read_bytes()
     return replace(model, spec=replace(spec, source_sha256=hashlib.sha256(data).hexdigest()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,8 +53,8 @@ class Rows(Protocol):
         """Rows [top, bottom), (rows, W, C). A file is read in order, each row once."""
         ...
 
-    def sample(self) -> Array:
-        """Some of its first rows, or all, to measure on; before any is read."""
+    def pieces(self) -> Iterable[Array]:
+        """All of it in pieces from the top down, to measure on, whatever has been read."""
         ...
 
 
@@ -183,7 +183,7 @@ class Upscaler:
         """The session for this picture, and why where there is a choice."""
         if self._precisions is None:
             return self.session, None
-        probes = busiest(rows.sample(), self.session.spec)
+        probes = busiest(rows.pieces(), rows.height, rows.width, self.session.spec)
         choice = self._precisions.choose(probes, "the picture's busiest crops" if probes else "the picture")
         return choice.session, choice.reason
 
@@ -251,8 +251,8 @@ class _ArrayRows:
     def read(self, top: int, bottom: int) -> Array:
         return self.array[top:bottom]
 
-    def sample(self) -> Array:
-        return self.array
+    def pieces(self) -> Iterable[Array]:
+        return (self.array,)
 
 
 class _Work:

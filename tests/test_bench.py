@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anysize import ExecutionError, OptionError
-from anysize.bench import COMMON, Benchmark, bench
+from anysize import ExecutionError, ModelLoadError, OptionError
+from anysize.bench import COMMON, Benchmark, _measure, _Workers, bench
 from anysize.bench_worker import _looped, picture
 from anysize.cli import main
-from conftest import ToyBox
+from conftest import ENGINES, ToyBox
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,19 @@ def test_what_is_written(measured: Benchmark, tmp_path: Path) -> None:
     assert made[".png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_case_that_dies_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    case = {"kind": "anysize", "model": "default", "backend": ENGINES[0], "precision": "f32"}
+    with _Workers() as workers:
+        for name in "ab":
+            assert workers.add(name, case | {"width": 20, "height": 20})
+        workers.ready["a"]._process.kill()
+        workers.ready["a"]._process.wait()
+        (row,) = _measure(workers, 2, False, {}, print)
+        assert row.name == "b"
+        assert len(row.seconds) == 2
+        assert "a" in workers.left_out
+
+
 def test_the_loop_pastes_every_tile() -> None:
     case = {"height": 47, "width": 61, "tile": 20}
     run, facts = _looped(case, lambda x: x.repeat(2, 2).repeat(2, 3))
@@ -76,6 +89,8 @@ def test_a_model_that_does_not_run_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "bad.onnx").write_bytes(b"nothing")
     with pytest.raises(ExecutionError, match=r"no engine runs this model.*bad\.onnx"):
         bench(str(tmp_path / "bad.onnx"))
+    with pytest.raises(ModelLoadError, match="no such file"):
+        bench(str(tmp_path / "none.onnx"))
     with pytest.raises(OptionError, match="at least 1"):
         bench(rounds=0)
 

@@ -168,6 +168,23 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     assert all(cache.get(name) == bytes(250) for name in "acd")
 
 
+def test_what_is_not_its_own_is_left_alone(tmp_path: Path) -> None:
+    import os
+
+    for name in ("thesis.txt", ".anysize-now", "a" * 63):
+        (tmp_path / name).write_bytes(bytes(400))
+    (tmp_path / ".anysize-long-ago").write_bytes(bytes(400))
+    os.utime(tmp_path / ".anysize-long-ago", (0, 0))
+    Cache(tmp_path, limit=1).put(b"12", "a")
+    assert {f.name for f in tmp_path.iterdir()} == {"thesis.txt", ".anysize-now", "a" * 63}
+
+
+def test_what_other_code_made_is_not_taken(tmp_path: Path) -> None:
+    Cache(tmp_path, "one").put(b"12", "a")
+    assert Cache(tmp_path, "other").get("a") is None
+    assert Cache(tmp_path, "one").get("a") == b"12"
+
+
 def test_a_file_under_another_key_is_not_taken(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     cache.put(b"one", "a")
@@ -181,6 +198,8 @@ def test_a_folder_that_cannot_be_used(
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot be a cache folder"):
         anysize.load("default", options={"cache_dir": tmp_path / "file"})
+    with pytest.raises(OptionError, match="cannot be a cache folder"):
+        anysize.load("default", options={"cache_dir": "a\0b"})
     with pytest.raises(OptionError, match="cache_dir must be a folder"):
         anysize.load("default", options={"cache_dir": 3})
     monkeypatch.setenv("ANYSIZE_CACHE_DIR", str(tmp_path / "file"))

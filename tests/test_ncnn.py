@@ -74,6 +74,28 @@ def test_damaged_files_are_refused(spoil: Any, message: str, net: Path, tmp_path
         load(param)
 
 
+def test_files_that_changed_since_are_not_run(net: Path, tmp_path: Path) -> None:
+    param, weights = tmp_path / "model.param", tmp_path / "model.bin"
+    param.write_bytes(net.read_bytes())
+    weights.write_bytes(net.with_suffix(".bin").read_bytes())
+    session = load(param)
+    weights.write_bytes(bytes(len(weights.read_bytes())))
+    with pytest.raises(ModelLoadError, match="has changed since"):
+        session(np.zeros((1, 3, 8, 8), np.float32))
+
+
+def test_numbers_for_each_channel_are_no_misfit(tmp_path: Path) -> None:
+    """A global pooling's result multiplies every pixel of its channel."""
+    (tmp_path / "model.param").write_text(
+        "7767517\n4 5\nInput in 0 1 x 0=0 1=0 2=3\nSplit split 1 2 x a b\n"
+        "Pooling mean 1 1 a m 0=1 4=1\nBinaryOp times 2 1 b m output 0=2\n"
+    )
+    (tmp_path / "model.bin").write_bytes(b"")
+    session = load(tmp_path / "model.param")
+    x = np.random.default_rng(0).random((1, 3, 6, 8), np.float32)
+    assert np.abs(session(x) - x * x.mean((2, 3), keepdims=True)).max() <= 1e-6
+
+
 def test_other_engines_do_not_take_them(net: Path) -> None:
     with pytest.raises(ModelLoadError, match="not ncnn"):
         load(net, backend="onnxruntime")

@@ -121,9 +121,47 @@ def test_the_busiest_crops_are_taken(picture: Any) -> None:
     spec = load("default", backend=ENGINES[0]).spec
     x = np.full((400, 400, 3), 128, np.uint8)
     x[96 * 2 : 96 * 3, 96:192] = picture(96, 96)
-    probes = busiest(x, spec)
+    probes = busiest((x,), 400, 400, spec)
     assert len(probes) == CROPS
-    assert np.allclose(probes[0], x[96 * 2 : 96 * 3, 96:192].transpose(2, 0, 1)[None] / 255, atol=1e-6)
+    assert np.allclose(
+        next(iter(probes[0].values())), x[96 * 2 : 96 * 3, 96:192].transpose(2, 0, 1)[None] / 255, atol=1e-6
+    )
+
+
+def test_alpha_and_each_plane_are_probed(picture: Any) -> None:
+    spec = load("default", backend=ENGINES[0]).spec
+    x = np.full((400, 400, 4), 128, np.uint8)
+    x[:96, :96, 3] = picture(96, 96)[:, :, 0]
+    probes = busiest((x,), 400, 400, spec)
+    assert len(probes) == 2 * CROPS
+    grey = next(iter(probes[CROPS].values()))
+    assert np.allclose(grey, np.repeat(x[None, None, :96, :96, 3] / 255, 3, axis=1), atol=1e-6)
+
+
+@needs_bf16
+@pytest.mark.skipif("onnxruntime" not in ENGINES, reason="needs onnxruntime")
+def test_fallbacks_are_neither_probed_nor_lost(picture: Any) -> None:
+    x = picture(300, 280)
+    options = Options(fallback=("openvino:f32",))
+    auto = Upscaler("default", backend="onnxruntime", precision="auto", options=options)
+    auto(x)
+    assert (auto.report.backend, auto.report.precision) == ("onnxruntime", "f32")
+    assert "not bf16" in auto.report.precision_reason
+    pair = Precisions("default", "openvino", Options(fallback=("onnxruntime",)))
+    assert [(g.backend.name, g.options.precision) for g in pair.rough._guards] == [
+        ("openvino", "bf16"),
+        ("onnxruntime", "f32"),
+    ]
+    pair.close()
+
+
+@needs_bf16
+def test_a_session_of_several_inputs_decides_too(tmp_path: Path, toybox: Any) -> None:
+    import toys
+    from anysize.exporters import export
+
+    file = export(toys.TwoInputs(), tmp_path / "two.onnx", inputs=[("n", 3, "h", "w"), ("n", 1, "h2", "w2")])
+    assert load(file, backend="openvino", precision="auto").precision in ("f32", "bf16")
 
 
 def test_both_are_freed() -> None:

@@ -145,7 +145,7 @@ class OpenVINOBackend(Backend):
                     self._read[model] = self._core.read_model(data)
                 except Exception as error:
                     text = str(error).strip().splitlines()
-                    reason = text[-1] if text else type(error).__name__
+                    reason = text[-1].strip() if text else type(error).__name__
                     raise ModelLoadError(f"openvino cannot load this model: {reason}") from error
             return self._read[model]
 

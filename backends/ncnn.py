@@ -50,7 +50,8 @@ class NcnnBackend(Backend):
         if model.format != "ncnn":
             raise ModelLoadError(f"ncnn takes .param files, not {model.format}")
         param = Path(model.data)
-        channels = _input_channels(param)
+        layers = _layers(param)
+        channels = _input_channels(param, layers)
         if model.spec is not None:
             channels = {t.name: t.shape[1] for t in model.spec.inputs if isinstance(t.shape[1], int)}
         weights = param.with_suffix(".bin")
@@ -63,7 +64,7 @@ class NcnnBackend(Backend):
             raise ModelLoadError(f"ncnn cannot load {param} with {weights}")
         if any(name not in channels for name in net.input_names()):
             raise ModelLoadError(f"{param}: no convolution reads the input, so its channels are unknown")
-        return _Program(self._ncnn, net, channels, _joints(param))
+        return _Program(self._ncnn, net, channels, _joints(layers))
 
 
 def digest(param: Path) -> str:
@@ -74,19 +75,27 @@ def digest(param: Path) -> str:
         raise ModelLoadError(f"{param}: cannot be read: {error.strerror}") from error
 
 
-def _input_channels(param: Path) -> dict[str, int]:
-    """Channels of each input that a convolution reads; checks the file's own counts on the way.
+def _layers(param: Path) -> list[list[str]]:
+    """The file's lines in words: kind, name, counts of what it reads and makes, their names, its numbers.
 
-    ncnn has been seen to end the process for files that are not what their first lines say.
+    Checked against the counts of the first lines: ncnn has been seen to end the process otherwise.
     """
-    channels: dict[str, int] = {}
     try:
-        magic, counts, *layers = [
-            line.split() for line in param.read_text("ascii").splitlines() if line.strip()
-        ]
-        if magic != [_MAGIC] or int(counts[0]) != len(layers):
-            raise ModelLoadError(f"{param}: not an ncnn .param file, or cut short")
-        origin: dict[str, str] = {}  # the input that a tensor is a copy of
+        lines = [line.split() for line in param.read_text("ascii").splitlines() if line.strip()]
+        if lines[0] == [_MAGIC] and int(lines[1][0]) == len(lines[2:]):
+            return lines[2:]
+    except OSError as error:
+        raise ModelLoadError(f"{param}: cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, ValueError, IndexError) as error:
+        raise ModelLoadError(f"{param}: not an ncnn .param file") from error
+    raise ModelLoadError(f"{param}: not an ncnn .param file, or cut short")
+
+
+def _input_channels(param: Path, layers: list[list[str]]) -> dict[str, int]:
+    """Channels of each input that says them, or that a convolution reads."""
+    channels: dict[str, int] = {}
+    origin: dict[str, str] = {}  # the input that a tensor is a copy of
+    try:
         for kind, _, reads, makes, *rest in layers:
             sources, made = rest[: int(reads)], rest[int(reads) : int(reads) + int(makes)]
             facts = dict(item.split("=", 1) for item in rest[int(reads) + int(makes) :])
@@ -97,16 +106,13 @@ def _input_channels(param: Path) -> dict[str, int]:
             elif kind == "Convolution" and origin.get(sources[0]):
                 kernel = int(facts[_WIDE]) * int(facts.get(_TALL, facts[_WIDE]))
                 channels[origin[sources[0]]] = int(facts[_WEIGHTS]) // (int(facts[_OUTPUTS]) * kernel)
-    except OSError as error:
-        raise ModelLoadError(f"{param}: cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+    except (ValueError, IndexError, KeyError, ZeroDivisionError) as error:
         raise ModelLoadError(f"{param}: not an ncnn .param file") from error
     return channels
 
 
-def _joints(param: Path) -> list[list[str]]:
+def _joints(layers: list[list[str]]) -> list[list[str]]:
     """The tensors that layers take together, which have to be of one size."""
-    layers = [line.split() for line in param.read_text("ascii").splitlines()[2:] if line.strip()]
     return [line[4 : 4 + int(line[2])] for line in layers if line[0] in _JOINING and int(line[2]) > 1]
 
 

@@ -24,14 +24,10 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
     shapes = model.spec.input_shapes(sizes)
     if model.format == "module":
         return _module_bytes(model.data, shapes)
-    if model.format != "onnx" or isinstance(model.data, Path):
+    graph = _read(model)
+    if graph is None:
         return None
-    try:
-        import onnx
-        import onnx.reference
-    except ImportError:
-        return None
-    proto = onnx.load_model_from_string(model.data)
+    onnx, proto = graph
     known = infer_shapes(onnx, proto, shapes)
     weights = {w.name: _bytes(onnx, tuple(w.dims), w.data_type) for w in proto.graph.initializer}
     held = {name: _bytes(onnx, *value) for name, value in known.items() if name not in weights}
@@ -47,11 +43,8 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
     return most + 2 * sum(weights.values())
 
 
-def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None:
-    """Arithmetic and traffic of one run: operations, two for each multiply-add of a convolution or a matrix
-    product, and bytes that its operators read and write. None where the graph cannot be read.
-    """
-    assert model.spec is not None
+def _read(model: Model) -> tuple[Any, Any] | None:
+    """onnx itself and the model as it reads it; None where there is no onnx or nothing for it."""
     if model.format != "onnx" or isinstance(model.data, Path):
         return None
     try:
@@ -59,7 +52,18 @@ def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None
         import onnx.reference
     except ImportError:
         return None
-    proto = onnx.load_model_from_string(model.data)
+    return onnx, onnx.load_model_from_string(model.data)
+
+
+def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None:
+    """Arithmetic and traffic of one run: operations, two for each multiply-add of a convolution or a matrix
+    product, and bytes that its operators read and write. None where the graph cannot be read.
+    """
+    assert model.spec is not None
+    graph = _read(model)
+    if graph is None:
+        return None
+    onnx, proto = graph
     known = infer_shapes(onnx, proto, model.spec.input_shapes(sizes))
     done = moved = 0
     for node in proto.graph.node:

@@ -7,6 +7,7 @@ take turns, A B C A B C ..., and ratios are medians of ratios within a round, be
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -41,7 +42,8 @@ class Row:
     """One case at one size. `ratio`: of speeds, over the common case: median, 10th and 90th percentile.
 
     `of_peak`: of the operations a second that a large matrix product gets in this precision; None where the
-    graph cannot be read. `decibels`: PSNR of the result against the f32 result of the first engine.
+    graph cannot be read. `decibels`: PSNR of the 8-bit result against the first engine's in f32; infinite
+    where they are identical, None for that engine itself and for cases without a picture.
     """
 
     name: str
@@ -110,8 +112,12 @@ class Benchmark:
         return "\n".join(lines).rstrip() + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON types."""
-        return asdict(self) | {"advice": self.advice()}
+        """All of it as JSON types; an infinite PSNR (identical results) is null."""
+        made = asdict(self) | {"advice": self.advice()}
+        for row in (row for rows in made["tables"].values() for row in rows):
+            if row["decibels"] == math.inf:
+                row["decibels"] = None
+        return made
 
     def write(self, folder: Path) -> list[Path]:
         """Write bench.json, bench.md and, where matplotlib is installed, bench.png."""
@@ -401,7 +407,7 @@ def _measure(
 
 def _decibels(got: Array, want: Array) -> float:
     square = float(np.square(got.astype(np.float64) - want).mean())
-    return float(10 * np.log10(255**2 / square)) if square else 99.0
+    return float(10 * np.log10(255**2 / square)) if square else math.inf
 
 
 def _processor() -> str:

@@ -41,8 +41,6 @@ def picture(height: int, width: int) -> Array:
 
 def upscaler(case: Case) -> Ready:
     """A picture in bytes to a picture in bytes, as `anysize upscale` does between its files."""
-    from anysize.session import Options
-    from anysize.tiling import Tiling
     from anysize.upscale import Upscaler
 
     pixels = picture(case["height"], case["width"])
@@ -50,8 +48,6 @@ def upscaler(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        tiling=Tiling(case.get("method", "auto"), case.get("tile")),
-        options=Options(threads=case.get("threads")),
     )
     result = upscale(pixels)
     report = upscale.report
@@ -67,7 +63,7 @@ def raw(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        options=Options(threads=case.get("threads"), shapes="static"),
+        options=Options(shapes="static"),
     )
     tile = picture(RAW_TILE, RAW_TILE).transpose(2, 0, 1)[None].astype(np.float32) / 255
     times = max(1, round(case["height"] * case["width"] / RAW_TILE**2))
@@ -119,7 +115,7 @@ def engine_loop(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        options=Options(threads=case.get("threads"), shapes="dynamic"),
+        options=Options(shapes="dynamic"),
     )
     return _looped(case, session)
 

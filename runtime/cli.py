@@ -221,7 +221,7 @@ def bench(
     ] = None,
     ncnn: Annotated[str | None, typer.Option(help="The same model as a .param file, as a peer.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
-    quick: Annotated[bool, typer.Option(help="At most three rounds, in less than three minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Three rounds at most, and 100 seconds.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the tables.")] = Path("out"),
     as_json: AsJson = False,
     debug: Debug = False,

@@ -25,7 +25,7 @@ from anysize.pixels import constant_runs, fill_hidden, open_picture, quantise, r
 from anysize.planning import Plan, make_plan, stream_plan
 from anysize.precision import Precisions, busiest
 from anysize.report import Report
-from anysize.session import Options, Session, load
+from anysize.session import Options, Session, as_options, load
 from anysize.sources import Source
 from anysize.streaming import BandRun
 from anysize.tiling import Tiling, round_up, run_grid
@@ -79,8 +79,6 @@ class Upscaler:
         if isinstance(source, Session):
             self.session = source
         elif precision == "auto":
-            from anysize.session import as_options
-
             self._precisions = Precisions(source, backend, as_options(options))
             self.session = self._precisions.precise
         else:
@@ -162,12 +160,13 @@ class Upscaler:
         # what waits to be read, written or joined: a few bands
         held = 2**25
         _target(rows.height, rows.width, None, self.scale)
+        if rows.alpha_range is not None and rows.alpha_range[0] == 0 < rows.alpha_range[1]:
+            return None  # colour under no alpha comes from its neighbours, wherever they are
         started = time.perf_counter()
         session, why = self._choose(rows)
         work = _Work(session, rows, rows.dtype, progress, _cancelled(cancel))
         plan = stream_plan(session, self.tiling, *work.padded, held)
-        hidden = rows.alpha_range is not None and rows.alpha_range[0] == 0 < rows.alpha_range[1]
-        if plan is None or hidden:  # colour under no alpha comes from its neighbours, wherever they are
+        if plan is None:
             return None
         work.plan = plan
         return self._streamed(work, started, why)

@@ -26,7 +26,7 @@ from anysize.backends.base import (
     Shapes,
 )
 from anysize.backends.cache import Cache
-from anysize.backends.errors import ModelLoadError, OptionError
+from anysize.backends.errors import ExecutionError, ModelLoadError, OptionError
 from anysize.backends.spec import SPEC_KEY, TensorSpec
 
 log = logging.getLogger("anysize")
@@ -45,9 +45,11 @@ class OpenVINOBackend(Backend):
 
     def __init__(self) -> None:
         import openvino
+        from openvino.frontend import FrontEndManager
 
         self._ov = openvino
         self._core = openvino.Core()
+        self._frontends = FrontEndManager()
         self._read: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -75,12 +77,13 @@ class OpenVINOBackend(Backend):
         }
         if options.threads is not None:
             config["INFERENCE_NUM_THREADS"] = options.threads
-        graph = self._graph(model).clone()
         if shapes is not None:
-            graph.reshape({name: list(shape) for name, shape in shapes.items()})
-        elif device == "CPU":
-            # Else a cache of kernels per shape seen grows with every new size.
-            config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
+            graph = self._graph_at(model, shapes)
+        else:
+            graph = self._graph(model).clone()
+            if device == "CPU":
+                # Else a cache of kernels per shape seen grows with every new size.
+                config["CPU_RUNTIME_CACHE_CAPACITY"] = 0
         given = {name for port in graph.inputs for name in port.get_names()}
         stateful = shapes is not None and bool(model.states) and given.issuperset(model.states)
         if stateful:
@@ -144,10 +147,31 @@ class OpenVINOBackend(Backend):
                 try:
                     self._read[model] = self._core.read_model(data)
                 except Exception as error:
-                    text = str(error).strip().splitlines()
-                    reason = text[-1].strip() if text else type(error).__name__
-                    raise ModelLoadError(f"openvino cannot load this model: {reason}") from error
+                    raise ModelLoadError(f"openvino cannot load this model: {_reason(error)}") from error
             return self._read[model]
+
+    def _graph_at(self, model: Model, shapes: Shapes) -> Any:
+        """The graph at fixed sizes.
+
+        ONNX files get theirs before they are converted: while sizes are open, OpenVINO takes the width of a
+        linear Resize after SpaceToDepth for another than that of a state joined to it, and refuses the graph.
+        """
+        if model.format != "onnx":
+            graph = self._graph(model).clone()
+            graph.reshape({name: list(shape) for name, shape in shapes.items()})
+            return graph
+        data = str(model.data) if isinstance(model.data, Path) else io.BytesIO(model.data)
+        with self._lock:
+            frontend = self._frontends.load_by_framework("onnx")
+            try:
+                opened = frontend.load(data)
+                for name, shape in shapes.items():
+                    place = opened.get_place_by_tensor_name(name)
+                    opened.set_partial_shape(place, self._ov.PartialShape(list(shape)))
+                return frontend.convert(opened)
+            except Exception as error:
+                text = f"openvino cannot convert this model at these sizes: {_reason(error)}"
+                raise ExecutionError(text, backend=self.name, shape=shapes) from error
 
 
 class _Program(Executable):
@@ -226,6 +250,12 @@ class _Sequence(Sequence):
 
     def states(self) -> dict[str, Array]:
         return {name: np.array(variable.state.data) for name, variable in self._variables.items()}
+
+
+def _reason(error: Exception) -> str:
+    """The line of OpenVINO's report that names the step; else its last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((n for n in lines if n.startswith("While validating")), lines[-1] if lines else repr(error))
 
 
 def _what_runs(compiled: Any) -> tuple[str, str]:

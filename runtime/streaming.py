@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import ExecutionError, IntegrityError, ModelLoadError, NotStreamable
+from anysize.backends.errors import ExecutionError, IntegrityError
 from anysize.backends.spec import Dim
 from anysize.exporters.bands import BandModel, band_model
 from anysize.exporters.cost import working_bytes
@@ -44,8 +44,6 @@ class BandRunner:
     def __init__(self, guard: ShapeGuard) -> None:
         """Raises `NotStreamable`, `BackendUnavailableError`."""
         self.model: BandModel = band_model(guard.model)
-        if guard.backend.prefers_static:  # and reads the three graphs before their sizes are known
-            self._readable(guard)
         # states can be kept inside a program of fixed shapes only; an engine that gains nothing from such
         # programs has one for all widths
         shapes: Strategy = "static" if guard.backend.prefers_static else "dynamic"
@@ -60,14 +58,6 @@ class BandRunner:
         assert isinstance(columns, Dim)
         self._columns = columns.name
         self._itemsize = 2 if guard.options.precision == "bf16" else 4
-
-    def _readable(self, guard: ShapeGuard) -> None:
-        """Raises `NotStreamable` where the engine cannot: OpenVINO mistakes some widths for others."""
-        try:
-            for part in ("first", "middle", "last"):
-                guard.backend.metadata(getattr(self.model, part))
-        except ModelLoadError as error:
-            raise NotStreamable(f"in bands of rows, {error}") from error
 
     def default_band(self, width: int) -> int:
         """Rows per band for a width: what keeps the activations in the cache."""

@@ -6,11 +6,18 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model, Port, Shapes
 from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.backends.spec import TensorSpec
+
+# The programs of all shapes share a module, and a module may keep things on itself during a call. One call
+# uses all cores anyway.
+_calls: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
+_new_calls = threading.Lock()
+_f32_on_cuda = threading.Lock()
 
 
 class TorchBackend(Backend):
@@ -36,7 +43,9 @@ class TorchBackend(Backend):
             device = torch.device(options.device)
         except RuntimeError as error:
             raise OptionError(f"unknown device '{options.device}' for torch") from error
-        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        found = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+        # torch takes cuda:256 for cuda:0
+        if (device.index or 0) >= found or str(device) != options.device:
             raise OptionError(f"device '{options.device}' is not available to torch here")
         if options.precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16(torch):
             raise OptionError("this processor has no bf16 arithmetic; use f32")
@@ -59,8 +68,8 @@ class _Program(Executable):
         self._spec = model.spec
         self.inputs, self.outputs = _ports(model.spec.inputs), _ports(model.spec.outputs)
         self.precision, self.device = options.precision, str(device)
-        # A module may keep things on itself during a call. One call uses all cores anyway.
-        self._lock = threading.Lock()
+        with _new_calls:
+            self._lock = _calls.setdefault(model.data, threading.Lock())
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         torch = self._torch
@@ -70,8 +79,8 @@ class _Program(Executable):
             # A host's own autocast must not change what runs here, so it is set either way.
             bf16 = self.precision == "bf16"
             stack.enter_context(torch.autocast(self._where.type, torch.bfloat16, enabled=bf16))
-            if self._where.type == "cuda":  # TF32 is torch's default for convolutions, and is not f32
-                stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+            if self._where.type == "cuda" and not bf16:
+                stack.enter_context(_no_tf32(torch))
             # The copy is ours: modules may work in place, and from_numpy cannot take read-only memory.
             tensors = [torch.from_numpy(np.array(feeds[p.name], order="C")) for p in self.inputs]
             tensors = [
@@ -106,6 +115,33 @@ def _ports(specs: tuple[TensorSpec, ...]) -> tuple[Port, ...]:
     return tuple(
         Port(t.name, t.dtype, tuple(s if isinstance(s, int) else None for s in t.shape)) for t in specs
     )
+
+
+@contextmanager
+def _no_tf32(torch: Any) -> Iterator[None]:
+    """f32 proper on CUDA, where convolutions are TF32 by default; the host's settings come back after.
+
+    They are the process's, so one call runs at a time. Kernels raise where the older setting of matrix
+    products, which a host may have used, contradicts the newer ones, so both are set.
+    """
+    parts = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    with _f32_on_cuda:
+        try:
+            older = torch.get_float32_matmul_precision()
+        except RuntimeError:  # the host uses the newer ones only
+            older = "highest"
+        before = [part.fp32_precision for part in parts]
+        try:
+            if older != "highest":
+                torch.set_float32_matmul_precision("highest")
+            for part in parts:
+                part.fp32_precision = "ieee"
+            yield
+        finally:
+            if older != "highest":
+                torch.set_float32_matmul_precision(older)
+            for part, value in zip(parts, before, strict=True):
+                part.fp32_precision = value
 
 
 @contextmanager

@@ -24,6 +24,7 @@ import anysize
 import numpy as np
 from acceptance import ASSETS, OUT, Table
 from anysize import Tiling, Upscaler, upscale_file
+from anysize.bench_worker import picture
 
 MODELS = {
     "Compact-16": str(ASSETS / "weights" / "realesr-animevideov3.pth"),
@@ -32,17 +33,6 @@ MODELS = {
 }
 WIDTHS, HEIGHTS, BANDS = (33, 220, 1023), (1, 5, 17, 64, 65, 230, 257, 333, 401), (8, 16, 32)
 ROUNDS, WIDTH = 7, 1024
-
-
-def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A picture with structure at all scales, uint8 HWC: sums of shifted waves and a little noise."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    total = rng.normal(0, 0.1, (height, width, 3)).astype(np.float32)
-    for channel, wave in itertools.product(range(3), range(6)):
-        a, b = rng.normal(0, 0.5 / 2**wave, 2)
-        total[..., channel] += np.sin(a * x + b * y + rng.uniform(0, 6))
-    return np.clip(total * 40 + 128, 0, 255).astype(np.uint8)
 
 
 def results(table: Table) -> None:
@@ -57,12 +47,12 @@ def results(table: Table) -> None:
         radius = session.spec.radius or 0
         worst, share, steps, other = 0.0, 0.0, 0, 0
         for width, height in itertools.product(WIDTHS, HEIGHTS):
-            picture = to_float(photo(height, width))
-            whole = Upscaler(session, tiling=Tiling("whole"))(picture)
+            pixels = to_float(picture(height, width))
+            whole = Upscaler(session, tiling=Tiling("whole"))(pixels)
             levels = np.rint(whole * 255)
             for rows in BANDS:
                 upscale = Upscaler(session, tiling=Tiling("stream", rows))
-                got = upscale(picture)
+                got = upscale(pixels)
                 assert upscale.report is not None
                 if height > 2 * radius + rows:
                     other += upscale.report.method != "stream"
@@ -86,7 +76,7 @@ def speed(table: Table, cases: Any = SPEED_CASES) -> dict[str, dict[str, float]]
     chart: dict[str, dict[str, float]] = {}
     for (name, height), precision in cases:
         session = anysize.load(MODELS[name], backend="openvino", precision=precision)
-        picture = photo(height, WIDTH)
+        photo = picture(height, WIDTH)
         tile = np.random.default_rng(0).random((1, 3, 128, 128), np.float32)
         tiles = height * WIDTH // 128**2
 
@@ -103,7 +93,7 @@ def speed(table: Table, cases: Any = SPEED_CASES) -> dict[str, dict[str, float]]
         ):
             if name == "Compact-16" or label != "whole":
                 upscale = Upscaler(session, tiling=tiling)
-                ways[label] = lambda upscale=upscale, picture=picture: (upscale(picture), upscale)[1]
+                ways[label] = lambda upscale=upscale, photo=photo: (upscale(photo), upscale)[1]
         if name == "RRDBNet-6":  # its exact halo of 94 is not what anyone would take
             del ways["tiles 128, exact halo"]
         seconds: dict[str, list[float]] = {label: [] for label in ways}

@@ -99,11 +99,11 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def private_copy(module: Any) -> Any:
-    """A copy in f32 and eval mode that the caller's further use of the module cannot change."""
+    """A copy on the CPU, in f32 and eval mode, that the caller's further use of the module cannot change."""
     import copy
 
     try:
-        return copy.deepcopy(module).float().eval().requires_grad_(False)
+        return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     except Exception as error:  # locks, cached tensors, compiled modules: whatever the module holds
         raise ExportError(f"{type(module).__name__} cannot be copied: {error}") from error
 

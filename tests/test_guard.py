@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import anysize
 import numpy as np
@@ -258,3 +259,60 @@ def test_several_inputs_need_names() -> None:
     )
     with pytest.raises(OptionError, match="several"):
         session(x(4, 4))
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+def test_programs_of_one_module_run_one_after_the_other() -> None:
+    """A module that keeps things on itself gave one thread the other's numbers."""
+    import torch
+
+    class Keeps(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = x.mean()
+            time.sleep(0.05 if x.shape[2] == 48 else 0)
+            return x * 0 + self.kept
+
+    with anysize.load(Keeps(), backend="torch", options={"shapes": "static"}) as session:
+        for size in (48, 50):
+            session(x(size, size))
+
+        def mean(size: int) -> float:
+            time.sleep(0 if size == 48 else 0.02)
+            return float(session(np.full((1, 3, size, size), size, np.float32)).mean())
+
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(mean, (48, 50) * 4)) == [48, 50] * 4
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+def test_f32_on_cuda_is_set_and_given_back() -> None:
+    """The settings alone, which need no such device: TF32 is off within, and the host's are back after."""
+    import torch
+    from anysize.backends.pytorch import _no_tf32
+
+    parts = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+
+    def settings() -> list[str]:
+        return [part.fp32_precision for part in parts] + [str(torch.backends.cudnn.enabled)]
+
+    before = settings()
+    with _no_tf32(torch):
+        assert settings() == ["ieee"] * 3 + before[3:]
+    assert settings() == before
+    torch.set_float32_matmul_precision("high")
+    try:
+        chosen = settings()
+        with _no_tf32(torch):
+            assert settings() == ["ieee"] * 3 + before[3:]
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert settings() == chosen
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
+@pytest.mark.parametrize("device", ["cuda:256", "cuda:999", "cuda:-1", "meta", "CPU", "nonsense", ""])
+def test_devices_that_are_not_there_are_refused_at_once(device: str) -> None:
+    with pytest.raises(OptionError, match="device"):
+        anysize.load("default", backend="torch", options={"device": device})

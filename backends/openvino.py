@@ -27,13 +27,15 @@ from anysize.backends.base import (
 )
 from anysize.backends.cache import Cache
 from anysize.backends.errors import ExecutionError, ModelLoadError, OptionError
-from anysize.backends.spec import SPEC_KEY, TensorSpec
+from anysize.backends.spec import SPEC_KEY
 
 log = logging.getLogger("anysize")
 
 _REMEMBERED_SHAPES = 1024
 #: seconds of compiling; taking a program up again was measured to take a third of compiling it
 _WORTH_KEEPING = 0.2
+#: of the inputs and of the outputs
+_Names = tuple[list[str], list[str]]
 _TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
 
 
@@ -49,7 +51,7 @@ class OpenVINOBackend(Backend):
 
         self._ov = openvino
         self._core = openvino.Core()
-        self._frontends = FrontEndManager()
+        self._onnx = FrontEndManager().load_by_framework("onnx")
         self._read: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
@@ -103,9 +105,10 @@ class OpenVINOBackend(Backend):
             graph = ends.build()
         asked = None if shapes is None else sorted(shapes.items())
         compiled = self._compile(graph, device, config, options.cache, (model, asked))
+        names = self._names(model)
         if stateful:
-            return _Stateful(self._ov, compiled, model)
-        return _Program(compiled, model, None if shapes is not None else graph)
+            return _Stateful(self._ov, compiled, model, names)
+        return _Program(compiled, model, names, None if shapes is not None else graph)
 
     def _compile(
         self, graph: Any, device: str, config: dict[str, Any], cache: Cache | None, of: tuple[Model, object]
@@ -147,40 +150,63 @@ class OpenVINOBackend(Backend):
                 try:
                     self._read[model] = self._core.read_model(data)
                 except Exception as error:
-                    raise ModelLoadError(f"openvino cannot load this model: {_reason(error)}") from error
+                    raise _unreadable(error) from error
             return self._read[model]
 
     def _graph_at(self, model: Model, shapes: Shapes) -> Any:
-        """The graph at fixed sizes.
-
-        ONNX files get theirs before they are converted: while sizes are open, OpenVINO takes the width of a
-        linear Resize after SpaceToDepth for another than that of a state joined to it, and refuses the graph.
-        """
-        if model.format != "onnx":
+        """The graph at fixed sizes."""
+        try:
             graph = self._graph(model).clone()
-            graph.reshape({name: list(shape) for name, shape in shapes.items()})
-            return graph
-        data = str(model.data) if isinstance(model.data, Path) else io.BytesIO(model.data)
+        except ModelLoadError:
+            if model.format != "onnx" or isinstance(model.data, Path):
+                raise
+            return self._converted_at(model, shapes)
+        _reshape(graph, self._names(model), shapes)
+        return graph
+
+    def _converted_at(self, model: Model, shapes: Shapes) -> Any:
+        """The graph of an ONNX file whose sizes are fixed before it is converted.
+
+        While they are open, OpenVINO takes the width of a linear Resize after SpaceToDepth for another than
+        that of a state joined to it, and refuses the graph.
+        """
         with self._lock:
-            frontend = self._frontends.load_by_framework("onnx")
             try:
-                opened = frontend.load(data)
+                opened = self._onnx.load(io.BytesIO(model.data))
+            except Exception as error:
+                raise _unreadable(error) from error
+            try:
                 for name, shape in shapes.items():
                     place = opened.get_place_by_tensor_name(name)
                     opened.set_partial_shape(place, self._ov.PartialShape(list(shape)))
-                return frontend.convert(opened)
+                return self._onnx.convert(opened)
             except Exception as error:
                 text = f"openvino cannot convert this model at these sizes: {_reason(error)}"
                 raise ExecutionError(text, backend=self.name, shape=shapes) from error
 
+    def _names(self, model: Model) -> _Names:
+        """Of the inputs and outputs, in order: the contract's, else those the file declares, if it is known.
+
+        OpenVINO's own are arbitrary where a tensor has several, as behind a step that does nothing.
+        """
+        if model.spec is not None:
+            return [t.name for t in model.spec.inputs], [t.name for t in model.spec.outputs]
+        if model.format != "onnx":
+            return [], []
+        data = str(model.data) if isinstance(model.data, Path) else io.BytesIO(model.data)
+        with self._lock:
+            opened = self._onnx.load(data)
+            ins, outs = opened.get_inputs(), opened.get_outputs()
+            return [place.get_names()[0] for place in ins], [place.get_names()[0] for place in outs]
+
 
 class _Program(Executable):
-    def __init__(self, compiled: Any, model: Model, open_graph: Any | None) -> None:
-        self._compiled = compiled
+    def __init__(self, compiled: Any, model: Model, names: _Names, open_graph: Any | None) -> None:
+        self._compiled, self._names = compiled, names
         self._graph = open_graph
         self._inferred: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
         self._lock = threading.Lock()
-        self.inputs, self.outputs = _ports(compiled, model, {})
+        self.inputs, self.outputs = _ports(compiled, model, names, {})
         self.precision, self.device = _what_runs(compiled)
         # One request per concurrent run: a request's tensors are its own, and `compiled(...)` has one only.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -193,8 +219,7 @@ class _Program(Executable):
         except queue.Empty:
             request = self._compiled.create_infer_request()
         # Both flags False: copies in and out. A request that raised is dropped, not reused.
-        arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-        results = request.infer(arrays, share_inputs=False, share_outputs=False)
+        results = request.infer(_in_order(feeds, self.inputs), share_inputs=False, share_outputs=False)
         outputs = {port.name: _widened(results[i], port) for i, port in enumerate(self.outputs)}
         self._idle.put(request)
         return outputs
@@ -208,7 +233,7 @@ class _Program(Executable):
         key = tuple(shapes[port.name] for port in self.inputs)
         with self._lock:
             if key not in self._inferred:
-                graph.reshape({name: list(shape) for name, shape in shapes.items()})
+                _reshape(graph, self._names, shapes)
                 self._inferred[key] = None
                 while len(self._inferred) > _REMEMBERED_SHAPES:
                     self._inferred.popitem(last=False)
@@ -217,9 +242,9 @@ class _Program(Executable):
 class _Stateful(Executable):
     """A program whose states are the engine's variables: each request holds its own."""
 
-    def __init__(self, ov: Any, compiled: Any, model: Model) -> None:
+    def __init__(self, ov: Any, compiled: Any, model: Model, names: _Names) -> None:
         self._ov, self._compiled, self._links = ov, compiled, dict(model.states)
-        self.inputs, self.outputs = _ports(compiled, model, self._links)
+        self.inputs, self.outputs = _ports(compiled, model, names, self._links)
         self.precision, self.device = _what_runs(compiled)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
@@ -228,15 +253,21 @@ class _Stateful(Executable):
         return {**outputs, **{self._links[n]: v for n, v in sequence.states().items()}}
 
     def sequence(self, links: Mapping[str, str], states: Feeds) -> Sequence:
-        names = [port.name for port in self.outputs]
-        return _Sequence(self._ov, self._compiled.create_infer_request(), names, links, states)
+        request = self._compiled.create_infer_request()
+        return _Sequence(self._ov, request, (self.inputs, self.outputs), links, states)
 
 
 class _Sequence(Sequence):
     def __init__(
-        self, ov: Any, request: Any, names: list[str], links: Mapping[str, str], states: Feeds
+        self,
+        ov: Any,
+        request: Any,
+        ports: tuple[tuple[Port, ...], tuple[Port, ...]],
+        links: Mapping[str, str],
+        states: Feeds,
     ) -> None:
-        self._request, self._names = request, names
+        self._request = request
+        self._inputs, self._outputs = ports
         # the pass names a variable after the two ends it joins
         inputs = {name + following: name for name, following in links.items()}
         self._variables = {inputs[v.name]: v for v in request.query_state()}
@@ -244,12 +275,16 @@ class _Sequence(Sequence):
             variable.state = ov.Tensor(np.ascontiguousarray(states[name]))
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        arrays = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        arrays = _in_order(feeds, self._inputs)
         results = self._request.infer(arrays, share_inputs=False, share_outputs=False)
-        return {name: results[i] for i, name in enumerate(self._names)}
+        return {port.name: results[i] for i, port in enumerate(self._outputs)}
 
     def states(self) -> dict[str, Array]:
         return {name: np.array(variable.state.data) for name, variable in self._variables.items()}
+
+
+def _unreadable(error: Exception) -> ModelLoadError:
+    return ModelLoadError(f"openvino cannot load this model: {_reason(error)}")
 
 
 def _reason(error: Exception) -> str:
@@ -265,23 +300,42 @@ def _what_runs(compiled: Any) -> tuple[str, str]:
 
 
 def _ports(
-    compiled: Any, model: Model, hidden: Mapping[str, str]
+    compiled: Any, model: Model, names: _Names, hidden: Mapping[str, str]
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
-    """Inputs and outputs by the names of the contract, without the states `hidden` in the program.
+    """Inputs and outputs, without the states `hidden` in the program."""
+    states = model.states.values()
 
-    A tensor has several names where a step that did nothing at these sizes was left out.
-    """
+    def ports(nodes: Any, wanted: list[str], without: Collection[str]) -> tuple[Port, ...]:
+        wanted = [name for name in wanted if name not in without]
+        found = _named(nodes, wanted)
+        return tuple(_port(node, name, name in states) for node, name in zip(nodes, found, strict=True))
 
-    def named(ports: Any, tensors: tuple[TensorSpec, ...], without: Collection[str]) -> tuple[Port, ...]:
-        names = [t.name for t in tensors if t.name not in without]
-        if len(names) != len(ports) or not all(n in p.get_names() for n, p in zip(names, ports, strict=True)):
-            names = [p.get_any_name() for p in ports]  # a contract in another order
-        states = model.states.values()
-        return tuple(_port(port, name, name in states) for port, name in zip(ports, names, strict=True))
+    ins, outs = names
+    return ports(compiled.inputs, ins, hidden), ports(compiled.outputs, outs, hidden.values())
 
-    spec = model.spec
-    ins, outs = (spec.inputs, spec.outputs) if spec is not None else ((), ())
-    return named(compiled.inputs, ins, hidden), named(compiled.outputs, outs, hidden.values())
+
+def _named(nodes: Any, wanted: list[str]) -> list[str]:
+    """The name of each input or output: of `wanted` the first left that it has, or the only one left."""
+    left = list(wanted)
+    found: list[str | None] = []
+    for node in nodes:
+        name = next((name for name in left if name in node.get_names()), None)
+        found.append(name)
+        if name is not None:
+            left.remove(name)
+    if len(left) == found.count(None) == 1:
+        return [name or left[0] for name in found]
+    return [name or node.get_any_name() for name, node in zip(found, nodes, strict=True)]
+
+
+def _reshape(graph: Any, names: _Names, shapes: Shapes) -> None:
+    ports = zip(_named(graph.inputs, names[0]), graph.inputs, strict=True)
+    graph.reshape({port: list(shapes[name]) for name, port in ports})
+
+
+def _in_order(feeds: Feeds, inputs: tuple[Port, ...]) -> dict[int, Array]:
+    """By number: the engine may have forgotten a name. `ascontiguousarray` would give scalars an axis."""
+    return {i: np.asarray(feeds[port.name], order="C") for i, port in enumerate(inputs)}
 
 
 def _widened(values: Array, port: Port) -> Array:

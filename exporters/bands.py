@@ -28,6 +28,8 @@ from anysize.exporters.cost import infer_shapes
 from anysize.exporters.operators import Facts, Operator, read_operator, refuse
 from anysize.exporters.radius import image_step
 
+#: the dimension of a band's rows; a contract's own may be called anything that people call a dimension
+ROWS = "bands/rows"
 _END = np.iinfo(np.int64).max
 # Sizes at which all shapes are inferred, in steps beyond the least: what is not in proportion to the picture
 # at all of them is none. Odd and even ones, and no common factor that a rounded size could hide behind.
@@ -104,6 +106,10 @@ def band_model(model: Model) -> BandModel:
         proto = onnx.load_model_from_string(model.data)
     except Exception as error:  # protobuf's own classes; an engine may read what this onnx cannot
         raise NotStreamable(f"onnx cannot read this model: {error}") from error
+    taken = [*proto.graph.input, *proto.graph.initializer]
+    names = [*(value.name for value in taken), *(n for node in proto.graph.node for n in node.output)]
+    if any(name.startswith("bands/") for name in names):
+        raise NotStreamable("the model's tensors are named as those of bands are: 'bands/...'")
     network = _read(onnx, proto, spec)
     _trace(network)
     source = network.tensors[spec.inputs[0].name]
@@ -230,7 +236,7 @@ class _Writer:
         source, result = spec.inputs[0], spec.outputs[0]
         step = image_step(spec, 2)
         assert isinstance(source.shape[3], Dim)
-        rows = Dim("rows", warm_up if self.part == "first" else step, None, step)
+        rows = Dim(ROWS, warm_up if self.part == "first" else step, None, step)
         columns = source.shape[3]
         self.columns = columns.name
         shape: tuple[Size, ...] = (1, tensors[source.name].channels, rows, columns)
@@ -240,7 +246,7 @@ class _Writer:
             self._emit(operator)
         final = tensors[result.name]
         late = {"first": -final.lag, "middle": 0, "last": final.lag}[self.part]
-        after = Rule("rows", mul=int(final.rate), add=late)
+        after = Rule(ROWS, mul=int(final.rate), add=late)
         shape = (1, final.channels, after, _columns(self.columns, final))
         self._port(self.outputs, result.name, final, shape)
         self.outputs.insert(0, self.outputs.pop())

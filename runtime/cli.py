@@ -233,12 +233,13 @@ def bench(
     _make_folder(output)
     with err.status("bench") as status:
         result = measure(model, ncnn=ncnn, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
-    made = result.write(output)
     if as_json:
         print(json.dumps(result.to_dict()))  # noqa: T201
-        return OK
-    out.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
-    out.print(f"written: {', '.join(map(str, made))}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        out.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
+    made = result.write(output)
+    if not as_json:
+        out.print(f"written: {', '.join(map(str, made))}", markup=False, highlight=False, soft_wrap=True)
     return OK
 
 

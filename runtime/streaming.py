@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import ExecutionError, IntegrityError
+from anysize.backends.errors import ExecutionError, IntegrityError, ModelLoadError, NotStreamable
 from anysize.backends.spec import Dim
-from anysize.exporters.bands import BandModel, band_model
+from anysize.exporters.bands import ROWS, BandModel, band_model
 from anysize.exporters.cost import working_bytes
 from anysize.guard import Sequence, ShapeGuard, Stats, Strategy
 from anysize.tiling import Span, round_up
@@ -44,6 +44,8 @@ class BandRunner:
     def __init__(self, guard: ShapeGuard) -> None:
         """Raises `NotStreamable`, `BackendUnavailableError`."""
         self.model: BandModel = band_model(guard.model)
+        if guard.backend.prefers_static:
+            self._readable(guard)
         # states can be kept inside a program of fixed shapes only; an engine that gains nothing from such
         # programs has one for all widths
         shapes: Strategy = "static" if guard.backend.prefers_static else "dynamic"
@@ -58,6 +60,19 @@ class BandRunner:
         assert isinstance(columns, Dim)
         self._columns = columns.name
         self._itemsize = 2 if guard.options.precision == "bf16" else 4
+
+    def _readable(self, guard: ShapeGuard) -> None:
+        """Raises `NotStreamable` where the engine refuses one of the graphs, which are not its usual fare."""
+        for part in (self.model.first, self.model.middle, self.model.last):
+            assert part.spec is not None
+            try:
+                guard.backend.metadata(part)
+            except ModelLoadError:  # OpenVINO takes some at fixed sizes only
+                sizes = {name: dim.min for name, dim in part.spec.dims.items()}
+                try:
+                    guard.backend.compile(part, part.spec.input_shapes(sizes), guard.options).close()
+                except (ModelLoadError, ExecutionError) as error:
+                    raise NotStreamable(f"in bands of rows, {error}") from error
 
     def default_band(self, width: int) -> int:
         """Rows per band for a width: what keeps the activations in the cache."""
@@ -87,7 +102,7 @@ class BandRunner:
         total = 0
         for part, band in {b.part: b for b in self.cut(height, rows)}.items():
             guard = self.guards[part]
-            sizes = {"rows": band.bottom - band.top, self._columns: width}
+            sizes = {ROWS: band.bottom - band.top, self._columns: width}
             total += working_bytes(guard.model, sizes) or 0
             if part == "middle":
                 shapes = guard.spec.input_shapes(sizes)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from anysize import ModelLoadError, OptionError
 from anysize.backends import SPEC_KEY, EngineOptions, Executable, Model, ModelSpec, get_backend
-from anysize.exporters.bands import band_model
+from anysize.exporters.bands import ROWS, band_model
 from conftest import ToyBox
 
 F32 = EngineOptions()
@@ -214,7 +214,7 @@ def test_a_sequence_carries_its_states(backend: str, toybox: ToyBox) -> None:
         pytest.skip(f"{backend} takes no graphs, so nothing of its own has states")
     _, whole = toybox.make("UShaped")
     middle = band_model(whole).middle
-    shapes = middle.spec.input_shapes({"rows": 8, "w": 16})
+    shapes = middle.spec.input_shapes({ROWS: 8, "w": 16})
     program = engine.compile(middle, shapes, EngineOptions())
     rng = np.random.default_rng(0)
     start = {n: rng.random(s, np.float32) for n, s in shapes.items() if n in middle.states}

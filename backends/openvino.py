@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -39,6 +40,23 @@ _Names = tuple[list[str], list[str]]
 _TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
 
 
+def import_openvino() -> Any:
+    """The package, without the event that importing it sends over the network in a process of its own.
+
+    It takes its own stub where `openvino_telemetry` is missing. A host that has imported it has decided.
+    """
+    telemetry = "openvino_telemetry"
+    hide = "openvino" not in sys.modules and telemetry not in sys.modules
+    if hide:
+        sys.modules[telemetry] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        if hide:
+            del sys.modules[telemetry]
+    return openvino
+
+
 class OpenVINOBackend(Backend):
     name = "openvino"
     formats = ("onnx", "xml")
@@ -46,10 +64,9 @@ class OpenVINOBackend(Backend):
     prefers_static = True
 
     def __init__(self) -> None:
-        import openvino
+        self._ov = openvino = import_openvino()
         from openvino.frontend import FrontEndManager
 
-        self._ov = openvino
         self._core = openvino.Core()
         self._onnx = FrontEndManager().load_by_framework("onnx")
         self._read: WeakKeyDictionary[Model, Any] = WeakKeyDictionary()

@@ -184,7 +184,8 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
         import torch
     except ImportError as error:
         raise BackendUnavailableError(
-            f'exporting needs torch and onnx: pip install "anysize[export]" ({error})', name="export"
+            f'exporting needs torch, onnx and onnxscript: pip install "anysize[export]" ({error})',
+            name="export",
         ) from error
 
     # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
@@ -248,8 +249,10 @@ def _declare(proto: Any, spec: ModelSpec) -> None:
 
 
 def _to_openvino(model: Model, path: Path) -> Model:
+    from anysize.backends.openvino import import_openvino
+
     try:
-        import openvino
+        openvino = import_openvino()
     except ImportError as error:
         raise BackendUnavailableError(
             f'writing .xml needs openvino: pip install "anysize[openvino]" ({error})', name="openvino"

@@ -42,7 +42,9 @@ def load_weights(path: Path) -> Weights:
         import torch  # noqa: F401 - the architectures and both readers below need it
     except ImportError as error:
         raise BackendUnavailableError(
-            f'{path.suffix} weights need torch: pip install "anysize[torch]"', name="torch"
+            f'{path.suffix} weights need torch: pip install "anysize[torch]", or "anysize[export]" to run '
+            "them on other engines",
+            name="torch",
         ) from error
     state = _state_dict(_read(path), path)
     module = None

@@ -113,7 +113,7 @@ def plan_jobs(inputs: Iterable[PathLike], output: PathLike, scale: float) -> lis
             sources.append(item)
     if len(items) == 1 and not items[0].is_dir() and output.suffix and not output.is_dir():
         return [Job(sources[0], output)]
-    if output.suffix and not output.is_dir() and len(items) > 1:
+    if output.suffix and not output.is_dir():
         raise ImageError(f"{output}: several pictures need a folder to go to, not a file name")
     if output.exists() and not output.is_dir():
         raise ImageError(f"{output}: exists and is not a folder")

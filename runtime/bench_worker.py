@@ -157,7 +157,9 @@ def ceilings(case: Case) -> Ready:
             list(pool.map(lambda half: np.copyto(half[1], half[0]), halves))
 
         return copy, {"bytes": 2 * _COPIED}  # read and written
-    import openvino
+    from anysize.backends.openvino import import_openvino
+
+    openvino = import_openvino()
     from openvino import opset13 as ops
 
     a, b = (np.random.default_rng(i).random((_MATRIX, _MATRIX), np.float32) for i in range(2))

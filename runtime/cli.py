@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         )
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # which typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except AnysizeError as error:
         code = _code(error)
         _complain(error, debug)
@@ -130,11 +132,11 @@ def upscale(
     upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output
-    made = [] if single else _make_folder(output)
     cancel = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     failures: list[AnysizeError] = []
     with ExitStack() as stack:
+        stack.callback(_remove_empty, [] if single else _make_folder(output))
         bar = stack.enter_context(_bar()) if err.is_terminal and not as_json else None
 
         def progress(job: Any) -> Any:
@@ -151,9 +153,6 @@ def upscale(
                 _complain(error, debug)
             elif not as_json:
                 out.print(_summary(report, method), markup=False, highlight=False, soft_wrap=True)
-    for folder in made:  # deepest first; those that hold a result stay
-        if not any(folder.iterdir()):
-            folder.rmdir()
     if len(jobs) > 1:
         err.print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures done", highlight=False)
     if not failures:
@@ -189,6 +188,13 @@ def _make_folder(folder: Path) -> list[Path]:
     except OSError as error:
         raise ImageError(f"{folder}: cannot be made: {error.strerror}") from error
     return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Those that hold a result stay. `folders`: deepest first."""
+    for folder in folders:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _bar() -> Progress:

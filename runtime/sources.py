@@ -21,7 +21,6 @@ from anysize.backends import (
     ModelSpec,
     available_backends,
     get_backend,
-    install_line,
     known_backends,
 )
 from anysize.backends.base import Array, Feeds
@@ -87,8 +86,9 @@ def choose_backend(source: Source, backend: str | Backend) -> Backend:
     else:
         chosen_or_none = _fastest(form)
         if chosen_or_none is None:
-            lines = "; ".join(install_line(n) for n in ("openvino", "onnxruntime", "torch"))
-            raise BackendUnavailableError(f"no installed engine takes this model; install one: {lines}")
+            wanted = ("torch", "export") if form == "module" else ("openvino", "onnxruntime", "torch")
+            lines = " or ".join(f'pip install "anysize[{name}]"' for name in wanted)
+            raise BackendUnavailableError(f"no installed engine takes this model; {lines}")
         chosen = chosen_or_none
     if not _takes(chosen, form) and not (form == "bundled" and "module" in chosen.formats):
         takers = [n for n in known_backends() if n != chosen.name]

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import anysize
@@ -49,6 +50,15 @@ import anysize
 print(time.perf_counter() - started)
 """
     assert min(float(run(code)) for _ in range(5)) <= 0.050
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="needs openvino")
+def test_nothing_is_reported_over_the_network() -> None:
+    """Importing openvino starts a process that tells its makers, unless it lacks their package for that."""
+    code = (
+        "import anysize, sys; anysize.load('default', backend='openvino'); print('openvino' in sys.modules, "
+    )
+    assert run(code + "'openvino_telemetry' in sys.modules)").split() == ["True", "False"]
 
 
 @pytest.mark.parametrize("room", ["runtime", *ALLOWED])

@@ -15,10 +15,11 @@ from anysize.exporters.cost import working_bytes
 from anysize.guard import Sequence, ShapeGuard, Stats, Strategy
 from anysize.tiling import Span, round_up
 
-#: Pixels of a band at four bytes a number: activations of 64 channels are then about the size of two cores'
-#: second-level caches, and the row copies that streaming adds stay there. Measured with RRDBNet-6 in f32 at
-#: width 1024, as part of the raw engine's speed: 8 rows 0.90, 12 0.87, 24 0.81, 48 0.85. Compact: 0.95-0.99.
-BAND_PIXELS = 8192
+#: Pixels of a band at four bytes a number: with fewer, more of the work is copying rows; with more, less
+#: stays in the caches. Measured on two Zen 4 cores at width 1024, as part of the raw engine's speed.
+#: RRDBNet-6: f32 with 8 rows 0.85, 12 0.85, 16 0.89, 24 0.86, 32 0.84; bf16 with 16 0.87, 24 0.89, 32 0.89.
+#: Compact: f32 with 8 rows 0.88, 16 0.90, 24 0.92; bf16 0.89 with 16 to 32.
+BAND_PIXELS = 16384
 SHORTEST_BAND, TALLEST_BAND = 8, 128
 #: A wide picture is cut in strips of at least this many columns, and of so many times the halo's width that
 #: their halos stay cheap: 16 bands of 8 x 8192 with Compact held 2.0 GiB and ran at 0.8 of the speed of

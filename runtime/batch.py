@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +20,11 @@ from anysize.rowfiles import RowReader, RowWriter
 from anysize.session import Session
 from anysize.sources import Source
 from anysize.tiling import Tiling
-from anysize.upscale import Cancel, Progress, Upscaler, check_outscale
+from anysize.upscale import Cancel, Progress, Upscaler, as_check, check_outscale
 
 PathLike = str | os.PathLike[str]
+#: pictures in work at once
+_AT_ONCE = 2
 
 
 def upscale_file(
@@ -128,29 +133,30 @@ def run_jobs(
     progress: Callable[[Job], Progress | None] | None = None,
     cancel: Cancel | None = None,
 ) -> Iterator[tuple[Report, AnysizeError | None]]:
-    """Do the jobs in order, yielding each one's report and error; only cancellation ends the batch."""
-    taken: dict[Path, Path] = {}
-    sources = {job.src.resolve(): job.src for job in jobs}
-    for job in jobs:
+    """Do the jobs, yielding each one's report and error in order; only cancellation ends the batch.
+
+    While one picture is encoded, the next is decoded and run; not with a limit of memory, which is of one.
+    """
+    check = as_check(cancel)
+    ended = threading.Event()
+
+    def do(job: Job) -> tuple[Report, AnysizeError | None]:
         error: AnysizeError
         try:
-            if job.dst in taken:
-                raise ImageError(f"{job.dst}: already holds the result of {taken[job.dst]} from this run")
+            if holders[job.dst] is not job:
+                raise ImageError(f"{job.dst}: is taken by the result of {holders[job.dst].src} in this run")
             if job.dst.resolve() in sources:
                 raise ImageError(
                     f"{job.dst}: would overwrite {sources[job.dst.resolve()]}, an input of this run"
                 )
-            report = upscale_file(
+            return upscale_file(
                 job.src,
                 job.dst,
                 upscaler,
                 outscale=outscale,
                 progress=progress(job) if progress else None,
-                cancel=cancel,
-            )
-            taken[job.dst] = job.src
-            yield report, None
-            continue
+                cancel=lambda: ended.is_set() or check(),
+            ), None
         except Cancelled:
             raise
         except AnysizeError as caught:
@@ -158,4 +164,22 @@ def run_jobs(
         except (OSError, MemoryError) as caught:
             error = ImageError(f"{job.src}: {caught or type(caught).__name__}")
             error.__cause__ = caught
-        yield Report(status="failed", error=str(error), input=str(job.src)), error
+        return Report(status="failed", error=str(error), input=str(job.src)), error
+
+    holders: dict[Path, Job] = {}
+    for job in jobs:
+        holders.setdefault(job.dst, job)
+    sources = {job.src.resolve(): job.src for job in jobs}
+    at_once = 1 if upscaler.tiling.memory is not None else _AT_ONCE
+    running: deque[Future[tuple[Report, AnysizeError | None]]] = deque()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            for job in jobs:
+                running.append(pool.submit(do, job))
+                if len(running) == at_once:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:  # also where the caller takes no more
+            ended.set()
+            pool.shutdown(cancel_futures=True)

@@ -119,7 +119,7 @@ class Upscaler:
         started = time.perf_counter()
         session, why = self._choose(rows)
         before = self._begin(session)
-        work = _Work(session, rows, dtype, progress, _cancelled(cancel))
+        work = _Work(session, rows, dtype, progress, as_check(cancel))
         # pixels are held as they came, as the result, and as planes while tiles are cut from them
         held = math.prod(shape) * dtype.itemsize + 8 * math.prod(picture.array.shape)
         if not native:  # resized, as libvips holds it, and rounded
@@ -164,7 +164,7 @@ class Upscaler:
             return None  # colour under no alpha comes from its neighbours, wherever they are
         started = time.perf_counter()
         session, why = self._choose(rows)
-        work = _Work(session, rows, rows.dtype, progress, _cancelled(cancel))
+        work = _Work(session, rows, rows.dtype, progress, as_check(cancel))
         plan = stream_plan(session, self.tiling, *work.padded, held)
         if plan is None:
             return None
@@ -497,7 +497,8 @@ def check_outscale(outscale: float | None) -> None:
         raise OptionError(f"outscale must be a positive number, not {outscale!r}")
 
 
-def _cancelled(cancel: Cancel | None) -> Callable[[], bool]:
+def as_check(cancel: Cancel | None) -> Callable[[], bool]:
+    """Whether to stop, as a function. Raises `OptionError`."""
     if cancel is None:
         return lambda: False
     if hasattr(cancel, "is_set"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import anysize
 import numpy as np
 import pytest
 import pyvips
-from anysize import Cancelled, ExecutionError, ImageError, Upscaler, upscale_file
+from anysize import Cancelled, ExecutionError, ImageError, Tiling, Upscaler, upscale_file
 from anysize.batch import plan_jobs, run_jobs
 from anysize.files import read_picture, write_picture
 from PIL import Image
@@ -272,7 +274,7 @@ def test_one_result_never_replaces_another_of_the_same_run(tmp_path: Path, upsca
     (tmp_path / "out").mkdir()
     results = list(run_jobs(plan_jobs([tmp_path], tmp_path / "out", 2), upscaler))
     assert [r.status for r, _ in results] == ["ok", "failed"]
-    assert "already holds the result of" in str(results[1][1])
+    assert "is taken by the result of" in str(results[1][1])
     assert read_picture(tmp_path / "out" / "a_x2.png").array.max() == 0
 
 
@@ -312,3 +314,56 @@ def test_long_names(tmp_path: Path) -> None:
     assert (tmp_path / name).exists()
     with pytest.raises(ImageError, match="File name too long"):
         upscale_file(tmp_path / name, tmp_path / ("n" * 300 + ".png"))
+
+
+def gathering(most: list[int]) -> Callable[[np.ndarray], np.ndarray]:
+    """A model that waits a moment for others to be in it too, and notes how many there were."""
+    inside, lock = [0], threading.Lock()
+
+    def run(x: np.ndarray) -> np.ndarray:
+        with lock:
+            inside[0] += 1
+            most.append(inside[0])
+        for _ in range(50):
+            if inside[0] > 1:
+                break
+            time.sleep(0.005)
+        time.sleep(0.02)
+        with lock:
+            inside[0] -= 1
+        return nearest(2)(x)
+
+    return run
+
+
+@pytest.mark.parametrize(("memory", "at_once"), [(None, 2), ("8GiB", 1)])
+def test_two_pictures_of_a_batch_are_in_work_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str | None, at_once: int
+) -> None:
+    most: list[int] = []
+    session = numpy_session(gathering(most), image_spec(2))
+    monkeypatch.setattr(session, "working_bytes", lambda sizes: 0)
+    upscaler = Upscaler(session, tiling=Tiling(memory=memory))
+    for i in range(5):
+        write_picture(tmp_path / f"{i}.png", np.full((4, 4, 3), i, np.uint8))
+    (tmp_path / "out").mkdir()
+    results = list(run_jobs(plan_jobs([tmp_path], tmp_path / "out", 2), upscaler))
+    assert [Path(r.input).name for r, _ in results] == [f"{i}.png" for i in range(5)]
+    assert [read_picture(Path(r.output)).array.max() for r, _ in results] == list(range(5))
+    assert max(most) == at_once
+
+
+def test_a_batch_that_is_left_early_stops(tmp_path: Path) -> None:
+    most: list[int] = []
+    upscaler = Upscaler(numpy_session(gathering(most), image_spec(2)))
+    for i in range(9):
+        write_picture(tmp_path / f"{i}.png", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "out").mkdir()
+    batch = run_jobs(plan_jobs([tmp_path], tmp_path / "out", 2), upscaler)
+    next(batch)
+    batch.close()
+    done = len(most)
+    assert done <= 3
+    time.sleep(0.1)
+    assert len(most) == done
+    assert not list((tmp_path / "out").glob(".*"))

@@ -60,7 +60,7 @@ def import_openvino() -> Any:
 class OpenVINOBackend(Backend):
     name = "openvino"
     formats = ("onnx", "xml")
-    precisions = ("f32", "bf16")
+    precisions = ("f32", "bf16", "int8")
     prefers_static = True
 
     def __init__(self) -> None:
@@ -83,15 +83,15 @@ class OpenVINOBackend(Backend):
             raise OptionError(f"device '{options.device}' is not available to openvino here; found: {found}")
         if options.precision not in self.precisions:
             raise OptionError(f"openvino runs {' or '.join(self.precisions)}, not {options.precision}")
-        if options.precision == "bf16" and "BF16" not in self._core.get_property(
-            device, "OPTIMIZATION_CAPABILITIES"
-        ):
-            raise OptionError("this processor has no bf16 arithmetic; use f32")
+        able = [*self._core.get_property(device, "OPTIMIZATION_CAPABILITIES"), "FP32", "F32"]
+        if options.precision.upper() not in able:
+            raise OptionError(f"this processor has no {options.precision} arithmetic; use f32")
 
     def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         device = options.device.upper()
         config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": options.precision,  # left unset it is bf16, silently
+            # left unset it is bf16, silently; int8 is what the graph itself says, and the rest of it is f32
+            "INFERENCE_PRECISION_HINT": "f32" if options.precision == "int8" else options.precision,
             "PERFORMANCE_HINT": "LATENCY",
         }
         if options.threads is not None:
@@ -124,8 +124,8 @@ class OpenVINOBackend(Backend):
         compiled = self._compile(graph, device, config, options.cache, (model, asked))
         names = self._names(model)
         if stateful:
-            return _Stateful(self._ov, compiled, model, names)
-        return _Program(compiled, model, names, None if shapes is not None else graph)
+            return _Stateful(self._ov, compiled, model, names, options)
+        return _Program(compiled, model, names, options, None if shapes is not None else graph)
 
     def _compile(
         self, graph: Any, device: str, config: dict[str, Any], cache: Cache | None, of: tuple[Model, object]
@@ -218,13 +218,15 @@ class OpenVINOBackend(Backend):
 
 
 class _Program(Executable):
-    def __init__(self, compiled: Any, model: Model, names: _Names, open_graph: Any | None) -> None:
+    def __init__(
+        self, compiled: Any, model: Model, names: _Names, options: EngineOptions, open_graph: Any | None
+    ) -> None:
         self._compiled, self._names = compiled, names
         self._graph = open_graph
         self._inferred: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
         self._lock = threading.Lock()
         self.inputs, self.outputs = _ports(compiled, model, names, {})
-        self.precision, self.device = _what_runs(compiled)
+        self.precision, self.device = _what_runs(compiled, options)
         # One request per concurrent run: a request's tensors are its own, and `compiled(...)` has one only.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -259,10 +261,10 @@ class _Program(Executable):
 class _Stateful(Executable):
     """A program whose states are the engine's variables: each request holds its own."""
 
-    def __init__(self, ov: Any, compiled: Any, model: Model, names: _Names) -> None:
+    def __init__(self, ov: Any, compiled: Any, model: Model, names: _Names, options: EngineOptions) -> None:
         self._ov, self._compiled, self._links = ov, compiled, dict(model.states)
         self.inputs, self.outputs = _ports(compiled, model, names, self._links)
-        self.precision, self.device = _what_runs(compiled)
+        self.precision, self.device = _what_runs(compiled, options)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         sequence = self.sequence(self._links, {name: feeds[name] for name in self._links})
@@ -310,9 +312,15 @@ def _reason(error: Exception) -> str:
     return next((n for n in lines if n.startswith("While validating")), lines[-1] if lines else repr(error))
 
 
-def _what_runs(compiled: Any) -> tuple[str, str]:
-    """Precision and device, as the engine tells."""
+def _what_runs(compiled: Any, asked: EngineOptions) -> tuple[str, str]:
+    """Precision and device, as the engine tells; int8 if any convolution is."""
     precision = str(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    if asked.precision == "int8":
+        steps = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+        ran = {
+            s["runtimePrecision"].astype(str) for s in steps if "Convolution" in s["layerType"].astype(str)
+        }
+        precision = "int8" if ran & {"i8", "u8"} else precision
     return precision, ",".join(compiled.get_property("EXECUTION_DEVICES")).lower()
 
 

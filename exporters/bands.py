@@ -265,11 +265,16 @@ class _Writer:
         made = self._fresh(operator.output)
         for name, values in operator.weights.items():
             self.initializers[name] = self.onnx.numpy_helper.from_array(values, name)
-        self.nodes += operator.write(feeds, made, self.part == "first", self.part == "last")
-        if window.up > 1:  # rows made beyond those wanted
-            top = 0 if self.part == "first" else window.up * window.reach(start) - start
-            end = 0 if self.part == "last" else out.lag - window.up * window.hold(out.lag)
-            made = self._rows(made, top, end)
+        beyond = (0, 0)  # rows it makes before and after those wanted
+        if window.down == 1 and operator.pads is None:
+            beyond = (
+                0 if self.part == "first" else window.up * window.reach(start) - start,
+                0 if self.part == "last" else out.lag - window.up * window.hold(out.lag),
+            )
+        crop = beyond if operator.crops else (0, 0)
+        self.nodes += operator.write(feeds, made, self.part == "first", self.part == "last", crop)
+        if not operator.crops:
+            made = self._rows(made, *beyond)
         if operator.output == self.network.spec.outputs[0].name:
             # the result proper: rows from its lag on
             back = 0 if self.part == "first" else start - out.lag

@@ -46,8 +46,9 @@ class Operator:
     """One step on pictures: node templates, of which the first reads `sources` and the last gives `output`.
 
     `cheap`: making rows again costs no more than fetching them from a state would. `pads`: rows of zeros
-    (top, bottom) that the first node adds at the picture's ends. `weights`: initializers of its own.
-    `absorbs`: outputs of later nodes that this operator has already done.
+    (top, bottom) that the first node adds at the picture's ends. `crops`: its padding takes rows of the
+    result away, at no cost. `weights`: initializers of its own. `absorbs`: outputs of later nodes that this
+    operator has already done.
     """
 
     nodes: tuple[Any, ...]
@@ -56,6 +57,7 @@ class Operator:
     window: Window = field(default_factory=Window)
     cheap: bool = False
     pads: tuple[int, int] | None = None
+    crops: bool = False
     weights: Mapping[str, Array] = field(default_factory=dict)
     absorbs: tuple[str, ...] = ()
 
@@ -63,8 +65,13 @@ class Operator:
         """Where its output begins: with the rows remembered if it makes those itself."""
         return reach if self.cheap else lag
 
-    def write(self, feeds: Mapping[str, str], output: str, top: bool, bottom: bool) -> list[Any]:
-        """The nodes, reading `feeds` for `sources`; `top`, `bottom`: whether the picture's end is there."""
+    def write(
+        self, feeds: Mapping[str, str], output: str, top: bool, bottom: bool, crop: tuple[int, int]
+    ) -> list[Any]:
+        """The nodes, reading `feeds` for `sources`.
+
+        `top`, `bottom`: whether the picture's end is there; `crop`: rows to leave out at both ends.
+        """
         names = {**feeds, self.output: output}
         written = []
         for template in self.nodes:
@@ -75,11 +82,14 @@ class Operator:
             node.output[:] = inner
             node.name = ""
             written.append(node)
-        if self.pads is not None:
-            for attribute in written[0].attribute:
-                if attribute.name == "pads":
-                    attribute.ints[0] = self.pads[0] if top else 0
-                    attribute.ints[len(attribute.ints) // 2] = self.pads[1] if bottom else 0
+        for attribute in written[0].attribute:
+            half = len(attribute.ints) // 2
+            if attribute.name == "pads" and self.pads is not None:
+                attribute.ints[0] = self.pads[0] if top else 0
+                attribute.ints[half] = self.pads[1] if bottom else 0
+            elif attribute.name == "pads" and self.crops:
+                attribute.ints[0] += crop[0]
+                attribute.ints[half] += crop[1]
         return written
 
 
@@ -142,7 +152,6 @@ _REASONS = {
     "Softmax": "it normalises over an axis, not at each place",
     "Reshape": "it rearranges rows (a shuffle of pixels into channels and back is all that is known)",
     "Transpose": "it exchanges axes",
-    "ConvTranspose": "transposed convolutions are not supported",
     "Pad": "padding other than a convolution's own is not supported",
     "Expand": "it repeats values to the picture's size",
 }
@@ -196,6 +205,29 @@ def _conv(node: Any, facts: Facts) -> list[Operator]:
         raise refuse(node, f"{top} + {bottom} rows of padding do not keep the picture's size")
     window = Window(down=stride, before=top, after=reach + 1 - top - stride)
     return [Operator((node,), (node.input[0],), node.output[0], window, pads=(top, bottom))]
+
+
+def _transposed_conv(node: Any, facts: Facts) -> list[Operator]:
+    settings = facts.attributes(node)
+    if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
+        raise refuse(node, "its weights are computed from the picture")
+    if settings.get("auto_pad", b"NOTSET") != b"NOTSET" or "output_shape" in settings:
+        raise refuse(node, "its padding is automatic; export it with numbers")
+    kernel = facts.shape(node.input[1])
+    if kernel is None or len(kernel) != 4:
+        raise refuse(node, "its kernel is not two-dimensional, or of unknown size")
+    stride = settings.get("strides", [1, 1])[0]
+    top = settings.get("pads", [0, 0, 0, 0])[0]
+    reach = (kernel[2] - 1) * settings.get("dilations", [1, 1])[0]
+    if facts.growth(node.input[0], node.output[0], 2) != stride:
+        raise refuse(node, f"its output is not {stride} times its input")
+    # input row i adds to the output rows stride * i - top + (0 ... reach)
+    window = Window(up=stride, before=max(0, reach + 1 - top - stride), after=top + stride - 1)
+    template = type(node)()
+    template.CopyFrom(node)
+    if "pads" not in settings:
+        template.attribute.append(facts.onnx.helper.make_attribute("pads", [0, 0, 0, 0]))
+    return [Operator((template,), (node.input[0],), node.output[0], window, crops=True)]
 
 
 def _batch_norm(node: Any, facts: Facts) -> list[Operator]:
@@ -381,6 +413,7 @@ def _identity(node: Any, facts: Facts) -> list[Operator]:
 _READERS: dict[str, Callable[[Any, Facts], list[Operator]]] = {
     "BatchNormalization": _batch_norm,
     "Conv": _conv,
+    "ConvTranspose": _transposed_conv,
     "Resize": _resize,
     "Concat": _channels,
     "Slice": _slice,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from anysize.backends import Backend
 from anysize.backends.errors import AnysizeError, Cancelled, ExecutionError, ImageError, IntegrityError
-from anysize.files import READABLE, check_destination, read_picture, write_picture
+from anysize.files import check_destination, pictures_in, read_picture, write_picture
 from anysize.guard import log
 from anysize.report import Report
 from anysize.rowfiles import RowReader, RowWriter
@@ -105,17 +105,7 @@ def plan_jobs(inputs: Iterable[PathLike], output: PathLike, scale: float) -> lis
     be) and each result is `{stem}_x{scale}.png`. Raises `ImageError`.
     """
     items, output = [Path(i) for i in inputs], Path(output)
-    sources: list[Path] = []
-    for item in items:
-        if item.is_dir():
-            found = sorted(
-                f for f in item.iterdir() if f.suffix.lower() in READABLE and not f.name.startswith(".")
-            )
-            if not found:
-                raise ImageError(f"{item}: no pictures in this folder ({', '.join(READABLE)})")
-            sources += found
-        else:
-            sources.append(item)
+    sources = [picture for item in items for picture in pictures_in(item)]
     if len(items) == 1 and not items[0].is_dir() and output.suffix and not output.is_dir():
         return [Job(sources[0], output)]
     if output.suffix and not output.is_dir():

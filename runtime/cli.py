@@ -45,7 +45,13 @@ out, err = Console(), Console(stderr=True)
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A model file or the name of a bundled model.")]
 BackendName = Annotated[str, typer.Option("--backend", "-b", help="auto, openvino, onnxruntime, torch, ...")]
-Precision = Annotated[str, typer.Option("--precision", help="f32, bf16, or auto: bf16 where it is as good.")]
+Precision = Annotated[
+    str, typer.Option("--precision", help="f32, bf16, int8, or auto: bf16 where it is as good.")
+]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", help="For int8: pictures, or a folder of them; repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")]
 
@@ -105,6 +111,7 @@ def upscale(
     model: Model = "default",
     backend: BackendName = "auto",
     precision: Precision = "f32",
+    calibration: Calibration = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda with torch.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
     method: Annotated[str, typer.Option(help="auto, stream, tile or whole.")] = "auto",
@@ -128,7 +135,7 @@ def upscale(
     tiling = Tiling(_literal(method), tile, _overlap(overlap), memory)
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
-    options = Options(device=device, threads=threads)
+    options = Options(device=device, threads=threads, calibration=tuple(calibration or ()))
     upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output

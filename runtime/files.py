@@ -40,6 +40,17 @@ class FilePicture:
     header: Any
 
 
+def pictures_in(path: str | os.PathLike[str]) -> list[Path]:
+    """The pictures directly in a folder, by suffix; else the path itself. Raises `ImageError`."""
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(f for f in path.iterdir() if f.suffix.lower() in READABLE and not f.name.startswith("."))
+    if not found:
+        raise ImageError(f"{path}: no pictures in this folder ({', '.join(READABLE)})")
+    return found
+
+
 def read_picture(path: Path, pixel_limit: int = PIXEL_LIMIT) -> FilePicture:
     """Read a picture: EXIF orientation applied, palettes expanded, 16 bits kept.
 

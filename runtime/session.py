@@ -30,7 +30,7 @@ from anysize.sources import Source, choose_backend, open_source
 if TYPE_CHECKING:
     from anysize.streaming import BandRunner
 
-PRECISIONS = ("f32", "bf16", "auto")
+PRECISIONS = ("f32", "bf16", "int8", "auto")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Options:
     fails or returns something wrong, as "backend" or "backend:precision"; none unless given, and each use
     is counted in `Session.stats.fallbacks` and logged.
     `cache_dir`: a folder for converted weights and compiled programs, so that the next start is quick; None:
-    the environment's `ANYSIZE_CACHE_DIR`, or else the user's cache folder; "": no cache.
+    the environment's `ANYSIZE_CACHE_DIR`, or else the user's cache folder; "": no cache. `calibration`: for
+    precision "int8", pictures of the kind that will come: files, folders, arrays or PIL images.
     """
 
     device: str = "cpu"
@@ -52,6 +53,7 @@ class Options:
     shapes: Strategy = "auto"
     fallback: tuple[str, ...] = ()
     cache_dir: str | os.PathLike[str] | None = None
+    calibration: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= 4096):
@@ -62,6 +64,10 @@ class Options:
             raise OptionError(f"device must be a name, not {self.device!r}")
         if not isinstance(self.fallback, (tuple, list)) or not all(isinstance(f, str) for f in self.fallback):
             raise OptionError(f"fallback must be a tuple of names, not {self.fallback!r}")
+        if not isinstance(self.calibration, (tuple, list)):
+            raise OptionError(
+                f"calibration must be a tuple of pictures, not {type(self.calibration).__name__}"
+            )
         if not isinstance(self.cache_dir, (str, os.PathLike, type(None))):
             raise OptionError(f"cache_dir must be a folder, not {self.cache_dir!r}")
 
@@ -107,8 +113,9 @@ def load(
     export others), or "default", the bundled x4 model. `backend`: a name, a `Backend` instance, or "auto":
     the fastest installed engine that takes the source. `precision`: "f32" or "bf16"; the engine is told,
     and asked what it runs; "auto": bf16 where the engine has it and is within 50 dB of f32 on a picture of
-    noise, else f32 (an `Upscaler` asks the picture itself). `options`: an `Options` or a mapping of its
-    fields.
+    noise, else f32 (an `Upscaler` asks the picture itself); "int8": on OpenVINO, calibrated on
+    `Options.calibration`, and refused where that is not close enough to f32. `options`: an `Options` or a
+    mapping of its fields.
 
     Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`.
     """
@@ -124,14 +131,21 @@ def load(
             raise
         log.info("precision auto: %s", choice.reason)
         pair.close(but=choice.session)
+        choice.session.precision_reason = choice.reason
         return choice.session
+    if precision == "int8":
+        from anysize.precision import load_int8
+
+        return load_int8(source, backend, settings)
     chain: list[tuple[str | Backend, str]] = [(backend, precision)]
     for entry in settings.fallback:
         name, _, other = entry.partition(":")
         chain.append((name, other or precision))
     for _, wanted in chain:
-        if wanted not in PRECISIONS or wanted == "auto":
+        if wanted not in PRECISIONS:
             raise OptionError(f"precision must be one of {', '.join(PRECISIONS)}, not '{wanted}'")
+        if wanted in ("auto", "int8"):
+            raise OptionError(f"a fallback runs in f32 or bf16, not in {wanted}")
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source):
         raise OptionError("the model's name is empty")
     kept = settings.cache()
@@ -169,10 +183,14 @@ class Session:
 
     `spec`: the contract. `backend`, `precision`: names of what runs; the precision is the one asked for
     until the first program is compiled, then what the engine reported. `stats`: a snapshot of counters.
+    `precision_reason`: why this precision, where that was measured.
     """
 
-    def __init__(self, guards: list[ShapeGuard], skipped: list[str] | None = None) -> None:
+    def __init__(
+        self, guards: list[ShapeGuard], skipped: list[str] | None = None, precision_reason: str | None = None
+    ) -> None:
         self._guards = guards
+        self.precision_reason = precision_reason
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
         self._local = threading.local()

@@ -181,7 +181,7 @@ class Upscaler:
     def _choose(self, rows: Rows) -> tuple[Session, str | None]:
         """The session for this picture, and why where there is a choice."""
         if self._precisions is None:
-            return self.session, None
+            return self.session, self.session.precision_reason
         probes = busiest(rows.pieces(), rows.height, rows.width, self.session.spec)
         choice = self._precisions.choose(probes, "the picture's busiest crops" if probes else "the picture")
         return choice.session, choice.reason

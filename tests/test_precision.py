@@ -1,7 +1,9 @@
-"""`precision="auto"`: bf16 only where the engine has it and the picture's own crops pass."""
+"""bf16 only where the picture's own crops pass, int8 only where other crops do."""
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 from anysize import ExecutionError, OptionError, Options, Session, Tiling, Upscaler, load, upscale_file
 from anysize.backends import get_backend
+from anysize.bench_worker import picture as photograph
 from anysize.files import write_picture
-from anysize.precision import CROPS, Precisions, busiest
+from anysize.precision import CALIBRATING, CROPS, JUDGING, Precisions, busiest, crops
 from conftest import ENGINES
 
 
@@ -169,3 +172,86 @@ def test_both_are_freed() -> None:
     pair.close()
     with pytest.raises(OptionError, match="closed"):
         pair.precise(np.zeros((1, 3, 9, 9), np.float32))
+
+
+needs_int8 = pytest.mark.skipif(
+    "openvino" not in ENGINES or find_spec("nncf") is None or find_spec("onnxruntime") is None,
+    reason="needs openvino, onnxruntime and nncf",
+)
+
+
+@needs_int8
+def test_int8_is_calibrated_judged_and_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = photograph(200, 300)
+    (tmp_path / "pictures").mkdir()
+    write_picture(tmp_path / "pictures" / "a.png", photograph(120, 100))
+    options = Options(calibration=(tmp_path / "pictures", shown), cache_dir=tmp_path / "cache")
+    kind = logging.getLoggerClass()
+    upscale = Upscaler("default", backend="openvino", precision="int8", options=options)
+    assert capfd.readouterr() == ("", "")
+    assert logging.getLoggerClass() is kind
+    result = upscale(shown.astype(np.float32) / 255)
+    assert upscale.report.precision == "int8"
+    assert "dB from f32 on crops of the calibration pictures" in upscale.report.precision_reason
+    want = Upscaler("default", backend="openvino")(shown.astype(np.float32) / 255)
+    assert 35 <= decibels(result, want) < 60
+    # the second time it is taken up, and judged again
+    monkeypatch.setattr(anysize.precision, "quantize", lambda *_: pytest.fail("quantized again"))
+    again = load("default", backend="openvino", precision="int8", options=options)
+    assert again.precision_reason == upscale.report.precision_reason
+    x = np.random.default_rng(0).random((1, 3, 16, 24), np.float32)
+    assert np.array_equal(again(x), upscale.session(x))
+    assert again.precision == "int8"
+
+
+@needs_int8
+def test_int8_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anysize.precision, "LEAST_INT8_DB", 90)
+    options = Options(calibration=(photograph(100, 100),))
+    with pytest.raises(OptionError, match=r"int8 is \d\d\.\d dB from f32.* at least 90 dB"):
+        load("default", backend="openvino", precision="int8", options=options)
+
+
+@needs_int8
+def test_int8_never_answers_for_f32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph whose convolutions have no eight bits is not run as int8."""
+    monkeypatch.setattr(anysize.precision, "quantize", lambda model, feeds: model.data)
+    options = Options(calibration=(photograph(100, 100),), cache_dir="")
+    with pytest.raises(ExecutionError, match="asked for int8, but the engine runs f32"):
+        load("default", backend="openvino", precision="int8", options=options)
+
+
+@pytest.mark.parametrize(
+    ("backend", "pictures", "says"),
+    [
+        ("openvino", (), "needs calibration pictures of 64 x 64"),
+        ("openvino", (np.zeros((63, 200, 3), np.uint8),), "needs calibration pictures of 64 x 64"),
+        ("onnxruntime", (np.zeros((64, 64, 3), np.uint8),), "f32"),
+        ("torch", (np.zeros((64, 64, 3), np.uint8),), "int8"),
+    ],
+)
+def test_int8_without_what_it_needs(backend: str, pictures: tuple[Any, ...], says: str) -> None:
+    if backend not in ENGINES:
+        pytest.skip(f"needs {backend}")
+    with pytest.raises(OptionError, match=says):
+        load("default", backend=backend, precision="int8", options=Options(calibration=pictures))
+
+
+def test_int8_is_no_fallback() -> None:
+    with pytest.raises(OptionError, match="a fallback runs in f32 or bf16, not in int8"):
+        load("default", options=Options(fallback=("openvino:int8",)))
+    with pytest.raises(OptionError, match="tuple of pictures"):
+        Options(calibration="pictures")  # type: ignore[arg-type]
+
+
+def test_crops_are_inputs_of_the_model(picture: Any) -> None:
+    spec = load("default", backend=ENGINES[0]).spec
+    pictures = [picture(64, 64, 1), picture(90, 70, 4), picture(500, 64, 3, np.uint16)]
+    found = crops(pictures, spec)
+    assert {feed.shape for feed in found} == {(1, 3, 64, 64)}
+    assert len(found) == CALIBRATING + JUDGING
+    assert np.array_equal(found[0][0, 0] * 255, pictures[0][:, :, 0])
+    assert all(0 <= feed.min() <= feed.max() <= 1 for feed in found)
+    assert all(np.array_equal(a, b) for a, b in zip(found, crops(pictures, spec), strict=True))

@@ -134,6 +134,13 @@ class Net:
         elif kind == 11 and channels > 1:
             bounds = [self.weight(np.array([v], np.int64)) for v in (other % channels, channels, 1)]
             self.add("Slice", [name, *bounds], channels - other % channels, rate)
+        elif kind == 13 and rate <= 2:
+            kernel, stride, pad, more = ((4, 2, 1, 0), (3, 2, 1, 1), (2, 2, 0, 0), (3, 1, 1, 0))[other % 4]
+            out = 1 + other % 3
+            values = self.rng.normal(size=(channels, out, kernel, kernel)) / math.sqrt(4 * channels)
+            self.add("ConvTranspose", [name, self.weight(values.astype(np.float32))], out, rate * stride,
+                     kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4,
+                     output_padding=[more] * 2)  # fmt: skip
         elif kind == 12:
             low, high = (self.weight(np.array(v, np.float32)) for v in (-0.5, 0.7))
             self.add("Clip", [name, low, high], channels, rate)
@@ -201,7 +208,7 @@ def check_equal(net: Net, seed: int, extra: int, rows: int, width: int, engine: 
     assert np.abs(got - want).max() <= limit, [n.op_type for n in net.nodes]
 
 
-steps = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=14)
+steps = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=14)
 sizes = (st.integers(0, 23), st.integers(1, 7), st.integers(1, 9))
 
 
@@ -242,7 +249,9 @@ def test_a_state_joined_to_a_width_that_is_open_twice_streams(engine: str, pictu
 
 
 @pytest.mark.parametrize("engine", GRAPH_ENGINES)
-@pytest.mark.parametrize("name", ["UShaped", "Branches", "Dilated", "Unshuffle", "Nearest", "Convolution"])
+@pytest.mark.parametrize(
+    "name", ["UShaped", "Branches", "Dilated", "Unshuffle", "Nearest", "Convolution", "EncoderDecoder"]
+)
 def test_fixed_topologies_stream_at_every_height(engine: str, name: str, toybox: ToyBox) -> None:
     session = toybox.session(name, engine, max_live=64)
     step = session.bands().model.step
@@ -304,7 +313,6 @@ def test_strips_of_columns_are_exact(engine: str, toybox: ToyBox) -> None:
 @pytest.mark.parametrize(
     ("name", "operator"),
     [
-        ("EncoderDecoder", "ConvTranspose"),
         ("WholePicture", "ReduceMean|GlobalAveragePool|InstanceNormalization|Reshape"),
         ("Windows", "Reshape"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,13 +45,22 @@ class Model:
 class EngineOptions:
     """What an engine is asked for.
 
-    `threads` None: the engine's own default, all cores. `cache`: where it may keep compiled programs.
+    `threads` None: the engine's own default, all cores. `streams`: runs that will be made at the same time
+    and share the threads. `cache`: where it may keep compiled programs.
     """
 
     precision: str = "f32"
     device: str = "cpu"
     threads: int | None = None
+    streams: int = 1
     cache: Cache | None = None
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,8 @@ class Backend(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     #: True if a program compiled for fixed shapes runs better than one for any shape
     prefers_static: ClassVar[bool] = False
+    #: True if it can make several runs at the same time, each on a share of the threads
+    has_streams: ClassVar[bool] = False
     #: True if NaN passes its ReLU and clip, so that a pixel's reach can be traced by it
     propagates_nan: ClassVar[bool] = False
 

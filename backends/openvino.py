@@ -62,6 +62,7 @@ class OpenVINOBackend(Backend):
     formats = ("onnx", "xml")
     precisions = ("f32", "bf16", "int8")
     prefers_static = True
+    has_streams = True
 
     def __init__(self) -> None:
         self._ov = openvino = import_openvino()
@@ -92,8 +93,11 @@ class OpenVINOBackend(Backend):
         config: dict[str, Any] = {
             # left unset it is bf16, silently; int8 is what the graph itself says, and the rest of it is f32
             "INFERENCE_PRECISION_HINT": "f32" if options.precision == "int8" else options.precision,
-            "PERFORMANCE_HINT": "LATENCY",
         }
+        if options.streams > 1:
+            config["NUM_STREAMS"] = options.streams
+        else:
+            config["PERFORMANCE_HINT"] = "LATENCY"
         if options.threads is not None:
             config["INFERENCE_NUM_THREADS"] = options.threads
         if shapes is not None:

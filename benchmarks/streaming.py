@@ -1,6 +1,6 @@
 """Streaming against the whole picture, tiles and the raw engine: results, speed, memory, and a gigapixel.
 
-    make bench-streaming                       all parts; 45 minutes on two cores
+    make bench-streaming                       all parts
     python benchmarks/streaming.py speed       some of: results speed memory gigapixel
 
 Reads the weights in ../shared/assets, prints each figure with its bound, and writes out/streaming.json and

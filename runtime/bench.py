@@ -24,8 +24,11 @@ import numpy as np
 from anysize.backends import BackendInfo, describe_backends
 from anysize.backends.base import Array
 from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
-from anysize.precision import LEAST_DB
+from anysize.precision import LEAST_DB, LEAST_INT8_DB
+from anysize.session import Options
 from anysize.sources import source_format
+from anysize.tiling import Tiling
+from anysize.tuning import processor
 
 #: the case that all others are compared with: what programs commonly do
 COMMON = "torch, tiles of 200 + 10"
@@ -33,6 +36,8 @@ COMMON = "torch, tiles of 200 + 10"
 _QUICK_SECONDS = 100
 #: pixels of a quick run's picture take the fastest f32 case about this long
 _RUN_SECONDS = 1.0
+#: rounds of a case that is slower than the common one, which nobody would choose
+_SLOW_ROUNDS = 2
 _LEAST, _MOST = 192 * 108, 1280 * 720
 _LARGEST = 2**26
 
@@ -72,9 +77,10 @@ class Benchmark:
         rows = list(self.tables.values())[-1]
         ours = [r for r in rows if r.case["kind"] == "anysize"]
         lines = []
-        for precision in ("f32", "bf16"):
+        for precision in dict.fromkeys(r.case["precision"] for r in ours):
             fit = [r for r in ours if r.case["precision"] == precision]
-            good = [r for r in fit if precision == "f32" or (r.decibels or 0) >= LEAST_DB]
+            least = LEAST_INT8_DB if precision == "int8" else LEAST_DB
+            good = [r for r in fit if precision == "f32" or (r.decibels or 0) >= least]
             if fit and not good:
                 lines.append(f"not {precision}: {max(r.decibels or 0 for r in fit):.1f} dB from f32")
             if good:
@@ -82,9 +88,16 @@ class Benchmark:
                 against = f", {best.ratio[0]:.2f} x {COMMON}" if best.ratio else ""
                 peak = f", {best.of_peak:.0%} of the peak" if best.of_peak else ""
                 quality = f", {best.decibels:.1f} dB from f32" if precision != "f32" and best.decibels else ""
+                flags = "".join(
+                    f" --{name} {best.case[name]}"
+                    for name in ("backend", "precision", "method", "threads")
+                    if best.case[name] not in (None, "auto")
+                )
+                facts = best.facts
+                how = {"stream": f"bands of {facts['tile']} rows", "tile": f"tiles of {facts['tile']}"}
                 lines.append(
-                    f"{precision}: --backend {best.case['backend']} --precision {precision} --method "
-                    f"{best.facts['method']}: {best.mpx_per_second:.3f} Mpx/s{against}{peak}{quality}"
+                    f"{precision}:{flags}: {best.mpx_per_second:.3f} Mpx/s{against}{peak}{quality}; "
+                    f"{how.get(facts['method'], 'whole')}, {facts['streams']} at a time"
                 )
         return lines
 
@@ -255,16 +268,24 @@ def bench(
     *,
     ncnn: str | None = None,
     sizes: Sequence[tuple[int, int]] = (),
+    methods: Sequence[str] = ("auto",),
+    threads: Sequence[int | None] = (None,),
     rounds: int = 7,
     quick: bool = False,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Benchmark:
     """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second. `ncnn`: the
-    same model as a .param file, for ncnn as a peer.
+    same model as a .param file, for ncnn as a peer. `methods`, `threads`: as `Tiling` and `Options` take
+    them, for the cases that are ours.
 
-    `quick`: three rounds at most, ended early after a hundred seconds. `say` is told what is going on.
+    Ours are tuned first (`anysize.tuning`), which `quick` leaves out: that is three rounds at most, ended
+    early after a hundred seconds. int8 is calibrated on the picture itself. `say` is told what is going on.
     Raises `OptionError`, `ExecutionError` where no case runs.
     """
+    for method in methods:
+        Tiling(method)  # type: ignore[arg-type]  # which checks it
+    for count in threads:
+        Options(threads=count)
     if rounds < 1 or any(min(size) < 1 for size in sizes):
         raise OptionError("rounds and sizes must be at least 1")
     if any(width * height > _LARGEST for width, height in sizes):
@@ -282,7 +303,12 @@ def bench(
     tables = {}
     for width, height in sizes:
         with _Workers() as workers:
-            for name, case in _cases(model, ncnn, width, height, engines).items():
+            ours = [
+                {"method": method, "threads": count, "tune": not quick}
+                for method in methods
+                for count in threads
+            ]
+            for name, case in _cases(model, ncnn, width, height, engines, ours).items():
                 say(f"{width} x {height}: {name}")
                 workers.add(name, case)
             rows = _measure(workers, rounds, quick, ceilings, say) if workers.ready else []
@@ -292,7 +318,7 @@ def bench(
             tables[f"{width} x {height}"] = rows
     versions = {info.name: info.version for info in engines}
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **versions,
@@ -302,7 +328,12 @@ def bench(
 
 
 def _cases(
-    model: str, ncnn: str | None, width: int, height: int, engines: Sequence[BackendInfo]
+    model: str,
+    ncnn: str | None,
+    width: int,
+    height: int,
+    engines: Sequence[BackendInfo],
+    ours: Sequence[dict[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     base = {"width": width, "height": height, "model": model}
     loop = base | {"kind": "loop", "tile": 200}
@@ -316,7 +347,11 @@ def _cases(
             continue
         for precision in info.precisions:
             case = base | {"backend": info.name, "precision": precision}
-            cases[f"anysize {info.name} {precision}"] = case | {"kind": "anysize"}
+            for settings in ours:
+                name = f"anysize {info.name} {precision}"
+                name += f", {settings['method']}" if settings["method"] != "auto" else ""
+                name += f", {settings['threads']} threads" if settings["threads"] else ""
+                cases[name] = case | settings | {"kind": "anysize"}
             cases[f"{info.name} {precision} alone, tile 128"] = case | {"kind": "raw"}
             if info.name == "onnxruntime":
                 cases[f"{info.name} {precision}, tiles of 200 + 10"] = case | loop
@@ -331,7 +366,7 @@ def _ceilings(engines: Sequence[BackendInfo]) -> dict[str, float]:
     wanted = {"copy of memory": {"what": "copy"}}
     for info in engines:
         if info.name == "openvino":
-            for precision in info.precisions:
+            for precision in (p for p in info.precisions if p != "int8"):
                 wanted[f"matrix product {precision}"] = {"what": "product", "precision": precision}
     found = {}
     with _Workers() as workers:
@@ -371,6 +406,8 @@ def _measure(
             break
         say(f"round {i + 1} of {rounds}")
         for name, worker in list(workers.ready.items()):
+            if i >= _SLOW_ROUNDS and _is_slow(rows, name):
+                continue
             try:
                 rows[name].seconds.append(worker.run())
             except (AnysizeError, OSError, ValueError) as error:
@@ -388,7 +425,7 @@ def _measure(
         if COMMON in rows:
             common = rows[COMMON]
             pixels = common.case["height"] * common.case["width"]
-            ratios = speeds / (pixels / 1e6 / np.array(common.seconds))
+            ratios = speeds / (pixels / 1e6 / np.array(common.seconds[: len(speeds)]))
             median, low, high = (float(q) for q in np.quantile(ratios, (0.5, 0.1, 0.9)))
             row.ratio = median, low, high
         row.facts = {k: work[k] for k in ("operations_per_pixel", "bytes_per_pixel") if k in work} | row.facts
@@ -405,14 +442,17 @@ def _measure(
     return list(rows.values())
 
 
+def _is_slow(rows: dict[str, Row], name: str) -> bool:
+    """Slower than what is commonly done, in every round so far."""
+    if name == COMMON or COMMON not in rows:
+        return False
+    case = rows[name].case
+    pixels = rows[name].facts.get("pixels", case["height"] * case["width"])
+    best = pixels / min(rows[name].seconds)
+    common = rows[COMMON]
+    return bool(best < common.case["height"] * common.case["width"] / max(common.seconds))
+
+
 def _decibels(got: Array, want: Array) -> float:
     square = float(np.square(got.astype(np.float64) - want).mean())
     return float(10 * np.log10(255**2 / square)) if square else math.inf
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

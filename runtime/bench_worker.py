@@ -41,6 +41,8 @@ def picture(height: int, width: int) -> Array:
 
 def upscaler(case: Case) -> Ready:
     """A picture in bytes to a picture in bytes, as `anysize upscale` does between its files."""
+    from anysize.session import Options
+    from anysize.tiling import Tiling
     from anysize.upscale import Upscaler
 
     pixels = picture(case["height"], case["width"])
@@ -48,11 +50,16 @@ def upscaler(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
+        tiling=Tiling(case["method"]),
+        options=Options(threads=case["threads"], tune=case["tune"], calibration=(pixels,)),
     )
+    upscale(pixels)  # makes the programs
     result = upscale(pixels)
     report = upscale.report
     assert report is not None
-    return lambda: upscale(pixels), {"picture": result, "method": report.method, "reason": report.reason}
+    facts = {name: getattr(report, name) for name in ("method", "reason", "tile", "streams")}
+    facts["in_engine"] = report.engine_seconds / report.seconds
+    return lambda: upscale(pixels), facts | {"picture": result}
 
 
 def raw(case: Case) -> Ready:
@@ -63,7 +70,7 @@ def raw(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        options=Options(shapes="static"),
+        options=Options(shapes="static", max_live=1, calibration=(picture(case["height"], case["width"]),)),
     )
     tile = picture(RAW_TILE, RAW_TILE).transpose(2, 0, 1)[None].astype(np.float32) / 255
     times = max(1, round(case["height"] * case["width"] / RAW_TILE**2))

@@ -233,6 +233,8 @@ def bench(
         list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture; may be given several times.")
     ] = None,
     ncnn: Annotated[str | None, typer.Option(help="The same model as a .param file, as a peer.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="auto, stream, tile or whole; repeatable.")] = None,
+    threads: Annotated[list[int] | None, typer.Option(help="Threads of the engine; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
     quick: Annotated[bool, typer.Option(help="Three rounds at most, and 100 seconds.")] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the tables.")] = Path("out"),
@@ -245,7 +247,16 @@ def bench(
     sizes = [_size(text) for text in size or ()]
     _make_folder(output)
     with err.status("bench") as status:
-        result = measure(model, ncnn=ncnn, sizes=sizes, rounds=rounds, quick=quick, say=status.update)
+        result = measure(
+            model,
+            ncnn=ncnn,
+            sizes=sizes,
+            methods=method or ["auto"],
+            threads=threads or [None],
+            rounds=rounds,
+            quick=quick,
+            say=status.update,
+        )
     if as_json:
         print(json.dumps(result.to_dict()))  # noqa: T201
     else:
@@ -261,6 +272,42 @@ def _size(text: str) -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise OptionError(f"--size must be WIDTHxHEIGHT, not '{text}'")
     return int(width), int(height)
+
+
+@app.command()
+def tune(
+    model: Model = "default",
+    backend: BackendName = "auto",
+    precision: Precision = "f32",
+    device: Annotated[str, typer.Option(help="cpu, or another that the engine has.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> int:
+    """Measure on this machine what runs a model fastest, and keep it for all later runs; below 20 seconds."""
+    from anysize.session import Options, load
+    from anysize.tuning import tune as measure
+
+    if precision not in ("f32", "bf16"):
+        raise OptionError(f"--precision must be f32 or bf16 here, not '{precision}'")
+    with (
+        err.status("tune") as status,
+        load(
+            model, backend=backend, precision=precision, options=Options(device=device, threads=threads)
+        ) as session,
+    ):
+        tuned = measure(session, status.update)
+        engine = session.backend
+    if as_json:
+        print(tuned.to_json())  # noqa: T201
+        return OK
+    table = Table(title=f"{model} on {engine} {precision}; {tuned.max_live} programs may stay alive")
+    for column in ("method", "at a time", "pixels each", "input Mpx/s without halos"):
+        table.add_column(column, justify="right")
+    for s in sorted(tuned.speeds, key=lambda s: -s.per_second):
+        table.add_row(s.method, str(s.streams), str(s.pixels), f"{s.per_second / 1e6:.4f}")
+    out.print(table)
+    return OK
 
 
 @app.command()

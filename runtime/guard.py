@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -25,7 +25,8 @@ from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError
 log = logging.getLogger("anysize")
 
 Strategy = Literal["auto", "static", "dynamic"]
-Key = tuple[tuple[str, tuple[int, ...]], ...] | None  # None: the program for any shape
+#: the shapes a program is for (None: any), and how many of its runs are made at the same time
+Key = tuple[tuple[tuple[str, tuple[int, ...]], ...] | None, int]
 
 # A shape that keeps coming back after the bound is reached earns a program of its own.
 _PROMOTE_AFTER = 8
@@ -91,12 +92,14 @@ class ShapeGuard:
             copy.live = len(self._programs)
             return copy
 
-    def run(self, feeds: Feeds, *, finite: bool) -> dict[str, Array]:
-        """One checked run. Raises `ShapeError`, `ExecutionError` or `IntegrityError`."""
+    def run(self, feeds: Feeds, *, finite: bool, streams: int = 1) -> dict[str, Array]:
+        """One checked run, of `streams` at the same time.
+
+        Raises `ShapeError`, `ExecutionError` or `IntegrityError`.
+        """
         shapes = {name: value.shape for name, value in feeds.items()}
         sizes = self.spec.bind(shapes)
-        key: Key = tuple(sorted(shapes.items()))
-        program = self._acquire(key)
+        program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
                 executable = program.ready.result()
@@ -109,14 +112,14 @@ class ShapeGuard:
         self._count(executable, seconds)
         return outputs
 
-    def begin(self, feeds: Feeds, states: Feeds) -> Sequence:
+    def begin(self, feeds: Feeds, states: Feeds, streams: int = 1) -> Sequence:
         """Start a sequence of checked runs on feeds of these shapes, beginning at these states.
 
         For a model with `states`. The sequence holds its program until it is closed. Raises as `run` does.
         """
         shapes = {name: value.shape for name, value in {**feeds, **states}.items()}
         want = self.spec.output_shapes(self.spec.bind(shapes))
-        program = self._acquire(tuple(sorted(shapes.items())))
+        program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
                 inner = program.ready.result().sequence(self.model.states, states)
@@ -161,12 +164,12 @@ class ShapeGuard:
 
     def _choose(self, key: Key) -> Key:
         """Under the lock: the key of the program that shall serve this shape."""
+        open_key = (None, key[1])
         if self._strategy == "dynamic" or (self._strategy == "auto" and not self.backend.prefers_static):
-            return None
+            return open_key
         if self._strategy == "static" or key in self._programs:
             return key
-        static = sum(k is not None for k in self._programs)
-        if static < self.max_live - (None in self._programs):
+        if len(self._programs) < self.max_live:
             return key
         self._asked[key] = asked = self._asked.pop(key, 0) + 1
         while len(self._asked) > _REMEMBERED:
@@ -174,7 +177,7 @@ class ShapeGuard:
         if asked > _PROMOTE_AFTER and self.max_live > 1:
             del self._asked[key]
             return key
-        return None
+        return open_key
 
     def _acquire(self, key: Key) -> _Program:
         retired = []
@@ -187,8 +190,8 @@ class ShapeGuard:
             if program is None:
                 program = self._programs[key] = _Program()
                 while len(self._programs) > self.max_live:
-                    # the open program serves every shape: it goes last
-                    oldest = next((k for k in self._programs if k is not None and k != key), None)
+                    # a program for any shape goes last
+                    oldest = min((k for k in self._programs if k != key), key=lambda k: k[0] is None)
                     retired.append(self._programs.pop(oldest))
                     self._stats.evictions += 1
             else:
@@ -204,13 +207,15 @@ class ShapeGuard:
     def _compile(self, key: Key, program: _Program) -> None:
         """Compile into `program`; others that want the same shape wait for it. A failure is everyone's."""
         started = time.perf_counter()
+        shapes = None if key[0] is None else dict(key[0])
         try:
-            executable = self.backend.compile(self.model, None if key is None else dict(key), self.options)
+            options = replace(self.options, streams=key[1])
+            executable = self.backend.compile(self.model, shapes, options)
             if executable.precision != self.options.precision:
                 raise ExecutionError(
                     f"asked for {self.options.precision}, but the engine runs {executable.precision}",
                     backend=self.backend.name,
-                    shape=key,
+                    shape=shapes,
                 )
         except BaseException as error:
             with self._lock:
@@ -221,7 +226,7 @@ class ShapeGuard:
                 wrapped = ExecutionError(
                     f"the engine cannot compile this model: {_first_line(error)}",
                     backend=self.backend.name,
-                    shape=None if key is None else dict(key),
+                    shape=shapes,
                 )
                 wrapped.__cause__ = error
             program.ready.set_exception(wrapped)
@@ -232,7 +237,7 @@ class ShapeGuard:
             self._stats.compile_seconds += seconds
             self._stats.device, self._stats.precision = executable.device, executable.precision
         program.ready.set_result(executable)
-        log.debug("compiled for %s on %s in %.3f s", key or "any shape", self.backend.name, seconds)
+        log.debug("compiled for %s on %s in %.3f s", shapes or "any shape", self.backend.name, seconds)
 
     def _discard(self, program: _Program) -> None:
         """Drop a program that failed, so that the next call gets a fresh one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from anysize.exporters.radius import image_step
 from anysize.session import Session
 from anysize.streaming import BandRunner
 from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans
+from anysize.tuning import Speed
 
 #: "auto" runs pictures up to this many pixels whole: below, compiling two more programs takes longer than
 #: bands could save, and the result is the same
@@ -45,7 +47,8 @@ class Plan:
     """How one picture runs, and why. All sizes in input pixels.
 
     `cut`: the tiles, for the methods tile (and whole, which is one); `bands` runs `strips` (an extent and the
-    columns it is cut in) of `tile` rows, for the method stream. The rest as in `Report`.
+    columns it is cut in) of `tile` rows, for the method stream. `streams` strips or tiles run at the same
+    time. The rest as in `Report`.
     """
 
     method: str
@@ -57,6 +60,7 @@ class Plan:
     cut: Grid | None = None
     bands: BandRunner | None = None
     strips: tuple[int, tuple[Span, ...]] = (0, ())
+    streams: int = 1
 
 
 def make_plan(session: Session, tiling: Tiling, height: int, width: int, held: int, inputs: Inputs) -> Plan:
@@ -119,19 +123,25 @@ class _Planner:
             self.why_not = "the picture is as small as the model takes"
             return None
         radius = self.spec.radius
-        core = bands.default_strip(self.width, radius)
-        rows = round_up(self.tiling.tile, step) if self.tiling.tile else bands.default_band(core)
-        rows = min(rows, self.height)
+        speeds = self._speeds("stream", bands.band_pixels)
+        speed = min(speeds, key=lambda s: self._strip_seconds(bands, s))
+        core, streams = self._core(bands, speed), speed.streams
+        rows = bands.default_band(core, speed.pixels)
+        rows = min(round_up(self.tiling.tile, step) if self.tiling.tile else rows, self.height)
         while True:
             halo = 0 if core >= self.width else radius or 0
             strips = spans(self.width, core, halo, self.steps[1])
+            streams = min(streams, len(strips[1]))
             if self.spare is None:
                 break
-            cost = bands.bytes(self.height, strips[0], rows, len(strips[1])) + self._beside(rows) + _ENGINE
+            taken = bands.bytes(self.height, strips[0], rows, len(strips[1]), streams)
+            cost = taken + self._beside(rows) + _ENGINE
             if cost <= self.spare:
                 break
             if rows > max(8, step) and self.tiling.tile is None:
                 rows = max(round_up(rows // 2, step), step)
+            elif streams > 1:
+                streams -= 1
             elif radius is not None and core > max(2 * radius, _SMALLEST_TILE):
                 core = round_up(core // 2, self.steps[1])
             else:
@@ -142,7 +152,38 @@ class _Planner:
         reason = "the model runs in bands of rows, which is exact and computes nothing twice"
         if len(strips[1]) > 1:
             reason += f"; {len(strips[1])} strips of columns with an exact halo, for the cache or the memory"
-        return Plan("stream", reason, rows, halo, bands=bands, strips=strips)
+        if streams > 1:
+            reason += f"; {streams} at a time"
+        return Plan("stream", reason, rows, halo, bands=bands, strips=strips, streams=streams)
+
+    def _speeds(self, method: str, pixels: int) -> list[Speed]:
+        """What was measured here for this way; else the default alone, whose speed compares with nothing."""
+        asked = self.session.streams
+        found = self.session.tuned.speeds if self.session.tuned else ()
+        fit = [s for s in found if s.method == method and asked in (None, s.streams)]
+        return fit or [Speed(method, asked or 1, pixels, 1.0)]
+
+    def _core(self, bands: BandRunner, speed: Speed) -> int:
+        """Columns of a strip, without halos: at least as many strips as run at the same time."""
+        core = bands.default_strip(self.width, self.spec.radius)
+        count = -(-self.width // core)
+        if speed.streams == 1 or self.spec.radius is None:
+            return core
+        count = speed.streams * -(-count // speed.streams)
+        # the outermost strips have a halo on one side only
+        inner = -(-(self.width - 2 * self.spec.radius) // count)
+        return round_up(max(inner, self.spec.radius, _SMALLEST_TILE), self.steps[1])
+
+    def _strip_seconds(self, bands: BandRunner, speed: Speed) -> float:
+        """Seconds a row takes in strips that run at this speed."""
+        core = self._core(bands, speed)
+        halo = 0 if core >= self.width else self.spec.radius or 0
+        extent, columns = spans(self.width, core, halo, self.steps[1])
+        return _turns(len(columns), speed.streams) * extent / speed.per_second
+
+    def _tile_seconds(self, cut: Grid, speed: Speed) -> float:
+        tiles = len(cut.rows) * len(cut.columns)
+        return _turns(tiles, speed.streams) * cut.shape[0] * cut.shape[1] / speed.per_second
 
     def _least(self) -> int:
         """The smallest height the model takes."""
@@ -201,7 +242,7 @@ class _Planner:
         plan = self._tiled(inputs)
         return replace(plan, reason="; ".join(filter(None, (reason, plan.reason))))
 
-    def _fits(self, height: int, width: int) -> int:
+    def _fits(self, height: int, width: int, streams: int = 1) -> int:
         """0 if a program for this size stays within the memory allowed, else the bytes it takes."""
         if self.spare is None:
             return 0
@@ -213,7 +254,7 @@ class _Planner:
                 "the memory this model takes cannot be told in advance: convert it to a .onnx file of one "
                 "piece, or set no limit"
             )
-        cost = _HELD * alive + _ENGINE
+        cost = _HELD * alive * streams + _ENGINE
         return cost if cost > self.spare else 0
 
     def _tiled(self, inputs: Inputs) -> Plan:
@@ -227,7 +268,10 @@ class _Planner:
         radius = self.spec.radius
         if self.tiling.method == "tile" or self.tiling.tile is not None:
             return self._checked(self._grid(self.tiling.tile or max(128, 512 - 2 * radius), radius), inputs)
-        cut = self._grid(max(128, _LARGEST_TILE - 2 * radius), radius)
+        sizes = {math.isqrt(speed.pixels): None for speed in self._speeds("tile", _LARGEST_TILE**2)}
+        cuts = [self._grid(max(128, side - 2 * radius), radius) for side in sizes]
+        cheap = [c for c in cuts if c[0].work <= MAX_EXACT_WORK] or cuts
+        cut = min(cheap, key=lambda c: self._tile_seconds(c[0], self._tile_speed(c[0])))
         if cut[0].work <= MAX_EXACT_WORK:
             reason = f"tiles with an exact halo cost {cut[0].work:.2f} times the picture's own pixels"
             return replace(self._checked(cut, inputs), reason=reason)
@@ -267,4 +311,20 @@ class _Planner:
             error = max(errors) / (high - low)
         tile = max(round_up(core, step) for step in self.steps)
         overlap = max(round_up(halo, step) for step in self.steps)
-        return Plan("tile", "", tile, overlap, exact, error, cut)
+        streams = min(self._tile_speed(cut).streams, len(cut.rows) * len(cut.columns))
+        while streams > 1 and self._fits(*cut.shape, streams):
+            streams -= 1
+        return Plan("tile", "", tile, overlap, exact, error, cut, streams=streams)
+
+    def _tile_speed(self, cut: Grid) -> Speed:
+        """The best way to run these tiles: of the sizes that were measured, the nearest counts."""
+        speeds = self._speeds("tile", _LARGEST_TILE**2)
+        area = cut.shape[0] * cut.shape[1]
+        nearest = min(abs(s.pixels - area) for s in speeds)
+        fit = [s for s in speeds if abs(s.pixels - area) == nearest]
+        return min(fit, key=lambda s: self._tile_seconds(cut, s))
+
+
+def _turns(parts: int, streams: int) -> int:
+    """Parts that the slowest of the streams has to run, as many times as there are streams."""
+    return streams * -(-parts // streams)

@@ -20,7 +20,7 @@ from anysize.exporters.radius import image_step
 from anysize.files import pictures_in, read_picture
 from anysize.guard import ShapeGuard
 from anysize.pixels import open_picture, split
-from anysize.session import Options, Session, load
+from anysize.session import LIVE, Options, Session, load, tuned
 from anysize.sources import Source
 from anysize.tiling import round_up
 
@@ -156,7 +156,7 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
     Raises what `load` and `quantize` raise; `OptionError` without pictures, on an engine without int8, and
     with the figure where int8 is further from f32 than `LEAST_INT8_DB`.
     """
-    precise = load(source, backend=backend, options=options)
+    precise = load(source, backend=backend, options=replace(options, tune=False))
     first, *others = precise._guards
     kept = False
     try:
@@ -173,7 +173,7 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
             if cache is not None:
                 cache.put(data, *key)
         model = replace(first.model, data=data)
-        guard = ShapeGuard(first.backend, model, engine_options, options.shapes, options.max_live)
+        guard = ShapeGuard(first.backend, model, engine_options, options.shapes, options.max_live or LIVE)
         name = first.spec.inputs[0].name
         alone = Session([guard])
         worst = min(decibels(precise, alone, {name: feed}) for feed in feeds[CALIBRATING:])
@@ -182,7 +182,7 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
             alone.close()
             raise OptionError(f"{reason}, and at least {LEAST_INT8_DB:g} dB are asked for")
         kept = True
-        return Session([guard, *others], precise.stats.fallbacks, reason)
+        return tuned(Session([guard, *others], precise.stats.fallbacks, reason), options)
     finally:
         if kept:
             first.close()

@@ -6,10 +6,12 @@ import hashlib
 import os
 import threading
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec
@@ -29,7 +31,12 @@ from anysize.sources import Source, choose_backend, open_source
 
 if TYPE_CHECKING:
     from anysize.streaming import BandRunner
+    from anysize.tuning import Tuned
 
+#: programs kept at once
+LIVE = 4
+#: the guards whose runs gave results, noted in the context of whoever wants to know, and in copies of it
+_ran: ContextVar[WeakSet[ShapeGuard]] = ContextVar("ran")
 PRECISIONS = ("f32", "bf16", "int8", "auto")
 
 
@@ -38,10 +45,12 @@ class Options:
     """How a session uses its engine.
 
     `device`: "cpu", or "cuda" (torch), or a device OpenVINO lists. `threads`: of the engine (None: its
-    default). `max_live`: programs kept at once. `shapes`: "static" compiles per shape, "dynamic" one
-    program for all, "auto" static while few are alive. `fallback`: tried in order when the engine
-    fails or returns something wrong, as "backend" or "backend:precision"; none unless given, and each use
-    is counted in `Session.stats.fallbacks` and logged.
+    default). `streams`: strips or tiles of a picture that run at the same time, each on its share of the
+    threads (None: what `anysize tune` found, else 1). `max_live`: programs kept at once (None: what it found,
+    else 4). `tune`: measure first, for less than 20 seconds, where that was not done before. `shapes`:
+    "static" compiles per shape, "dynamic" one program for all, "auto" static while few are alive. `fallback`:
+    tried in order when the engine fails or returns something wrong, as "backend" or "backend:precision"; none
+    unless given, and each use is counted in `Session.stats.fallbacks` and logged.
     `cache_dir`: a folder for converted weights and compiled programs, so that the next start is quick; None:
     the environment's `ANYSIZE_CACHE_DIR`, or else the user's cache folder; "": no cache. `calibration`: for
     precision "int8", pictures of the kind that will come: files, folders, arrays or PIL images.
@@ -49,17 +58,19 @@ class Options:
 
     device: str = "cpu"
     threads: int | None = None
-    max_live: int = 4
+    streams: int | None = None
+    max_live: int | None = None
+    tune: bool = False
     shapes: Strategy = "auto"
     fallback: tuple[str, ...] = ()
     cache_dir: str | os.PathLike[str] | None = None
     calibration: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= 4096):
-            raise OptionError(f"threads must be at least 1 and a whole number, not {self.threads!r}")
-        if type(self.max_live) is not int or self.max_live < 1:
-            raise OptionError(f"max_live must be at least 1 and a whole number, not {self.max_live!r}")
+        for name, most in (("threads", 4096), ("streams", 4096), ("max_live", None)):
+            value = getattr(self, name)
+            if value is not None and not (type(value) is int and 1 <= value <= (most or value)):
+                raise OptionError(f"{name} must be at least 1 and a whole number, not {value!r}")
         if not isinstance(self.device, str):
             raise OptionError(f"device must be a name, not {self.device!r}")
         if not isinstance(self.fallback, (tuple, list)) or not all(isinstance(f, str) for f in self.fallback):
@@ -154,15 +165,32 @@ def load(
     for i, (engine_name, wanted) in enumerate(chain):
         try:
             engine = choose_backend(source, engine_name)
-            engine_options = EngineOptions(wanted, settings.device, settings.threads, kept)
+            engine_options = EngineOptions(wanted, settings.device, settings.threads, cache=kept)
             model = open_source(source, engine, kept)
-            guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, settings.max_live))
+            live = settings.max_live or LIVE
+            guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, live))
         except (BackendUnavailableError, OptionError) as error:
             if i == len(chain) - 1 and not guards:
                 raise
             skipped.append(f"{engine_name}:{wanted}: {error}")
             log.warning("fallback: %s", skipped[-1])
-    return Session(guards, skipped)
+    session = Session(guards, skipped)
+    return tuned(session, settings)
+
+
+def tuned(session: Session, settings: Options) -> Session:
+    """The session with what is known about this machine, measured now if that was asked for."""
+    from anysize.tuning import known, tune
+
+    guard = session._guards[0]
+    if (settings.streams or 1) > 1 and not guard.backend.has_streams:
+        raise OptionError(f"{guard.backend.name} does one run at a time; leave streams at 1")
+    session.streams, session.tuned = settings.streams, known(session)
+    if session.tuned is None and settings.tune:
+        tune(session)
+    if session.tuned is not None and settings.max_live is None:
+        guard.max_live = session.tuned.max_live
+    return session
 
 
 def as_options(options: Options | Mapping[str, Any] | None) -> Options:
@@ -183,7 +211,9 @@ class Session:
 
     `spec`: the contract. `backend`, `precision`: names of what runs; the precision is the one asked for
     until the first program is compiled, then what the engine reported. `stats`: a snapshot of counters.
-    `precision_reason`: why this precision, where that was measured.
+    `precision_reason`: why this precision, where that was measured. `tuned`: what was measured about its
+    speed here, None if nothing was; `streams`: how many strips or tiles shall run at the same time, None for
+    what that says.
     """
 
     def __init__(
@@ -191,9 +221,10 @@ class Session:
     ) -> None:
         self._guards = guards
         self.precision_reason = precision_reason
+        self.tuned: Tuned | None = None
+        self.streams: int | None = None
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
-        self._local = threading.local()
         self._bands: BandRunner | AnysizeError | None = None
         self._closed = False
 
@@ -224,11 +255,13 @@ class Session:
             total.fallbacks = list(self._fallbacks)
         return total
 
-    def run(self, feeds: Feeds, *, finite: bool = False) -> dict[str, Array]:
+    def run(self, feeds: Feeds, *, finite: bool = False, streams: int = 1) -> dict[str, Array]:
         """Run the model: arrays by input name -> arrays by output name, in the shapes `spec` says.
 
         Floating inputs are converted to the contract's dtype; other dtypes must match. Feeds are not
         changed; the results are the caller's. `finite` also checks that no output holds NaN or infinity.
+        `streams`: how many such runs are made at the same time, if the caller makes several; the engine then
+        gives each its share of the threads.
         Raises `ShapeError` before the engine runs, `ExecutionError` if it fails, `IntegrityError` if
         what it returns cannot be right.
         """
@@ -240,8 +273,8 @@ class Session:
                 arrays[tensor.name] = _cast(arrays[tensor.name], tensor)
         for guard, following in zip(self._guards, [*self._guards[1:], None], strict=True):
             try:
-                outputs = guard.run(arrays, finite=finite)
-                self._local.ran = {**getattr(self._local, "ran", {}), id(guard): guard}
+                outputs = guard.run(arrays, finite=finite, streams=streams)
+                _ran.get(WeakSet()).add(guard)
                 return outputs
             except (ExecutionError, IntegrityError) as error:
                 if following is None:
@@ -250,10 +283,11 @@ class Session:
         raise AssertionError("a session has at least one guard")
 
     def ran_here(self, *, reset: bool = False) -> list[Stats]:
-        """Counters of the engines that this thread's runs have used since it last reset this."""
+        """Counters of the engines that runs of this context have used since it last reset this."""
         if reset:
-            self._local.ran = {}
-        return [guard.stats() for guard in getattr(self._local, "ran", {}).values()]
+            _ran.set(WeakSet())
+        used = _ran.get(WeakSet())
+        return [guard.stats() for guard in self._guards if guard in used]
 
     def bands(self) -> BandRunner:
         """The model in bands, on the first engine. Raises `NotStreamable`, `BackendUnavailableError`."""

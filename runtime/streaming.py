@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,9 +76,14 @@ class BandRunner:
                 except (ModelLoadError, ExecutionError) as error:
                     raise NotStreamable(f"in bands of rows, {error}") from error
 
-    def default_band(self, width: int) -> int:
-        """Rows per band for a width: what keeps the activations in the cache."""
-        rows = 8 * round(BAND_PIXELS * 4 / self._itemsize / width / 8)
+    @property
+    def band_pixels(self) -> int:
+        """Pixels of a band that keeps the activations in the cache."""
+        return BAND_PIXELS * 4 // self._itemsize
+
+    def default_band(self, width: int, pixels: int | None = None) -> int:
+        """Rows per band for a width and a number of pixels (None: `band_pixels`)."""
+        rows = 8 * round((pixels or self.band_pixels) / width / 8)
         return round_up(min(max(rows, SHORTEST_BAND), TALLEST_BAND), self.model.step)
 
     def default_strip(self, width: int, radius: int | None) -> int:
@@ -98,13 +104,13 @@ class BandRunner:
         parts = ["first", *["middle"] * inner, "last"]
         return [Band(part, a, b) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
 
-    def bytes(self, height: int, width: int, rows: int, strips: int) -> int:
+    def bytes(self, height: int, width: int, rows: int, strips: int, streams: int = 1) -> int:
         """An estimate of what the three programs and their states take, all alive at once."""
         total = 0
         for part, band in {b.part: b for b in self.cut(height, rows)}.items():
             guard = self.guards[part]
             sizes = {ROWS: band.bottom - band.top, self._columns: width}
-            total += working_bytes(guard.model, sizes) or 0
+            total += streams * (working_bytes(guard.model, sizes) or 0)
             if part == "middle":
                 shapes = guard.spec.input_shapes(sizes)
                 total += 4 * strips * sum(math.prod(shapes[name]) for name in self.model.middle.states)
@@ -121,12 +127,14 @@ class BandRunner:
 class BandRun:
     """One picture's planes on their way through a `BandRunner`. Not thread-safe; close it."""
 
-    def __init__(self, runner: BandRunner, strips: tuple[int, tuple[Span, ...]]) -> None:
-        """`strips`: columns as `tiling.spans` cuts them."""
+    def __init__(self, runner: BandRunner, strips: tuple[int, tuple[Span, ...]], streams: int = 1) -> None:
+        """`strips`: columns as `tiling.spans` cuts them; `streams` of them run at the same time."""
         self._runner = runner
         self._extent, self._columns = strips
+        self._streams = streams
+        self._pool = ThreadPoolExecutor(streams) if streams > 1 else None
         self._states: list[dict[str, Array]] = [{} for _ in self._columns]
-        self._sequences: list[Sequence] = []
+        self._sequences: list[Sequence | None] = [None for _ in self._columns]
         self._pushed = 0
         self.engine_seconds = 0.0
 
@@ -135,37 +143,48 @@ class BandRun:
 
         Raises `ExecutionError` or `IntegrityError`, whose `tile` is the band and the strip.
         """
-        scale, parts = self._runner.scale, []
-        for j, column in enumerate(self._columns):
-            window = np.ascontiguousarray(pixels[None, :, :, column.start : column.start + self._extent])
-            started = time.perf_counter()
-            try:
-                result = self._run(band.part, j, window)
-            except (ExecutionError, IntegrityError) as error:
-                error.tile, error.shape = (self._pushed, j), {self._runner.input: window.shape}
-                raise
-            self.engine_seconds += time.perf_counter() - started
-            left, right = ((edge - column.start) * scale for edge in (column.first, column.last))
-            parts.append(result[0, :, :, left:right])
+        started = time.perf_counter()
+        strips = range(len(self._columns))
+        if self._pool is None:
+            parts = [self._strip(band, pixels, strip) for strip in strips]
+        else:
+            futures = [self._pool.submit(self._strip, band, pixels, strip) for strip in strips]
+            wait(futures)
+            parts = [future.result() for future in futures]
+        self.engine_seconds += time.perf_counter() - started
         self._pushed += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
 
+    def _strip(self, band: Band, pixels: Array, strip: int) -> Array:
+        column, scale = self._columns[strip], self._runner.scale
+        window = np.ascontiguousarray(pixels[None, :, :, column.start : column.start + self._extent])
+        try:
+            result = self._run(band.part, strip, window)
+        except (ExecutionError, IntegrityError) as error:
+            error.tile, error.shape = (self._pushed, strip), {self._runner.input: window.shape}
+            raise
+        left, right = ((edge - column.start) * scale for edge in (column.first, column.last))
+        return result[0, :, :, left:right]
+
     def _run(self, part: str, strip: int, window: Array) -> Array:
         runner, feeds = self._runner, {self._runner.input: window}
+        guard, sequence = runner.guards[part], self._sequences[strip]
         if part == "middle":
-            if len(self._sequences) == strip:
-                self._sequences.append(runner.guards["middle"].begin(feeds, self._states[strip]))
-                self._states[strip] = {}
-            return self._sequences[strip].run(feeds)[runner.output]
-        if part == "last" and self._sequences:
-            self._states[strip] = self._sequences[strip].states()
-        outputs = runner.guards[part].run({**feeds, **self._states[strip]}, finite=True)
-        links = runner.guards[part].model.states
-        self._states[strip] = {name: outputs[following] for name, following in links.items()}
+            if sequence is None:
+                sequence = guard.begin(feeds, self._states[strip], self._streams)
+                self._sequences[strip], self._states[strip] = sequence, {}
+            return sequence.run(feeds)[runner.output]
+        if sequence is not None:
+            self._states[strip] = sequence.states()
+        outputs = guard.run({**feeds, **self._states[strip]}, finite=True, streams=self._streams)
+        self._states[strip] = {name: outputs[following] for name, following in guard.model.states.items()}
         return outputs[runner.output]
 
     def close(self) -> None:
         """Let go of the programs."""
+        if self._pool is not None:
+            self._pool.shutdown()
         for sequence in self._sequences:
-            sequence.close()
+            if sequence is not None:
+                sequence.close()
         self._sequences = []

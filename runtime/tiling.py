@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,38 +128,59 @@ def grid(height: int, width: int, core: int, halo: int, steps: tuple[int, int]) 
     return Grid((tall, wide), rows, columns)
 
 
-def run_grid(session: Session, planes: Array, cut: Grid, put: Put, cancelled: Callable[[], bool]) -> float:
-    """Run `session` over every tile of `planes`, (C, H, W), giving each result to `put`; engine seconds.
+def run_grid(
+    session: Session, planes: Array, cut: Grid, put: Put, cancelled: Callable[[], bool], streams: int = 1
+) -> float:
+    """Run `session` over every tile of `planes`, (C, H, W), `streams` at the same time; engine seconds.
 
-    Every output pixel is put once. An error of the engine or in what it returned names the tile and ends
-    the call.
+    Each result is given to `put`, in order and in this thread; every output pixel is put once. An error of
+    the engine or in what it returned names the tile and ends the call.
     """
     scale = session.spec.scale
     assert scale is not None
-    seconds = 0.0
-    for i, row in enumerate(cut.rows):
-        for j, column in enumerate(cut.columns):
-            if cancelled():
-                raise Cancelled(f"cancelled before tile (row {i}, column {j})")
-            try:
-                part, spent = run_window(session, planes, cut.shape, row, column)
-            except (ExecutionError, IntegrityError) as error:
-                error.tile = (i, j)
-                raise
-            seconds += spent
-            put(row.first * scale, column.first * scale, part)
-    return seconds
+    seconds, waited = 0.0, deque[tuple[Span, Span, Future[tuple[Array, float]]]]()
+
+    def run(i: int, j: int) -> tuple[Array, float]:
+        if cancelled():
+            raise Cancelled(f"cancelled before tile (row {i}, column {j})")
+        try:
+            return run_window(session, planes, cut.shape, cut.rows[i], cut.columns[j], streams)
+        except (ExecutionError, IntegrityError) as error:
+            error.tile = (i, j)
+            raise
+
+    def store(row: Span, column: Span, done: tuple[Array, float]) -> float:
+        put(row.first * scale, column.first * scale, done[0])
+        return done[1]
+
+    places = [(i, j) for i in range(len(cut.rows)) for j in range(len(cut.columns))]
+    if streams == 1:
+        return sum(store(cut.rows[i], cut.columns[j], run(i, j)) for i, j in places)
+    with ThreadPoolExecutor(streams) as pool:
+        try:
+            for i, j in places:
+                future = pool.submit(copy_context().run, run, i, j)
+                waited.append((cut.rows[i], cut.columns[j], future))
+                if len(waited) > streams:
+                    row, column, future = waited.popleft()
+                    seconds += store(row, column, future.result())
+            while waited:
+                row, column, future = waited.popleft()
+                seconds += store(row, column, future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return seconds / streams
 
 
 def run_window(
-    session: Session, planes: Array, shape: tuple[int, int], row: Span, column: Span
+    session: Session, planes: Array, shape: tuple[int, int], row: Span, column: Span, streams: int = 1
 ) -> tuple[Array, float]:
     """Run one tile; return the part it has to write, (C', h*s, w*s), and the seconds in the engine."""
     scale = session.spec.scale or 1
     name, out = session.spec.inputs[0].name, session.spec.outputs[0].name
     window = planes[None, :, row.start : row.start + shape[0], column.start : column.start + shape[1]]
     started = time.perf_counter()
-    result = session.run({name: np.ascontiguousarray(window)}, finite=True)[out]
+    result = session.run({name: np.ascontiguousarray(window)}, finite=True, streams=streams)[out]
     seconds = time.perf_counter() - started
     top, left = (row.first - row.start) * scale, (column.first - column.start) * scale
     height, width = (row.last - row.first) * scale, (column.last - column.first) * scale

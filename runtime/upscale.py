@@ -219,6 +219,7 @@ class Upscaler:
             method=plan.method,
             tile=plan.tile,
             overlap=plan.overlap,
+            streams=plan.streams,
             exact=plan.exact,
             max_error=plan.max_error,
             reason=plan.reason,
@@ -391,7 +392,7 @@ class _Work:
                 self._store(values[:, : into.shape[0], : into.shape[1]], into)
                 self._step_done(total)
 
-            self.engine_seconds += run_grid(self.session, planes, cut, put, self.cancelled)
+            self.engine_seconds += run_grid(self.session, planes, cut, put, self.cancelled, self.plan.streams)
             if self.cancelled():
                 raise Cancelled("cancelled after the last tile")
         self._flat_alpha(result)
@@ -415,7 +416,7 @@ class _Work:
                 if self.cancelled():
                     raise Cancelled(f"cancelled before the band of rows {band.top} to {band.bottom}")
                 parts = self.inputs(band.top, band.bottom)
-                runs = runs or [BandRun(plan.bands, plan.strips) for _ in parts]
+                runs = runs or [BandRun(plan.bands, plan.strips, plan.streams) for _ in parts]
                 pieces = [run.push(band, part) for run, part in zip(runs, parts, strict=True)]
                 begin = top + len(waiting)
                 end = min(begin + pieces[0].shape[1], height)

@@ -16,7 +16,7 @@ from conftest import ENGINES, ToyBox
 
 @pytest.fixture(scope="module")
 def measured() -> Benchmark:
-    return bench(sizes=[(96, 64)], rounds=2)
+    return bench(sizes=[(96, 64)], rounds=2, quick=True)
 
 
 def test_every_case_is_measured(measured: Benchmark) -> None:
@@ -66,6 +66,7 @@ def test_what_is_written(measured: Benchmark, tmp_path: Path) -> None:
 
 def test_a_case_that_dies_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
     case = {"kind": "anysize", "model": "default", "backend": ENGINES[0], "precision": "f32"}
+    case |= {"method": "auto", "threads": None, "tune": False}
     with _Workers() as workers:
         for name in "ab":
             assert workers.add(name, case | {"width": 20, "height": 20})
@@ -97,12 +98,16 @@ def test_a_model_that_does_not_run_is_said_so(tmp_path: Path) -> None:
 
 def test_the_command(toybox: ToyBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = toybox.file("Doubling")
+    arguments = ["--size", "32x24", "--rounds", "1", "--quick", "--threads", "1", "--method", "stream"]
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "-m", str(model), "--size", "32x24", "--rounds", "1", "-o", str(tmp_path), "--json"])
+        main(["bench", "-m", str(model), "-o", str(tmp_path), "--json", *arguments, "--method", "auto"])
     assert stop.value.code == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["model"] == str(model)
     assert printed["advice"]
+    names = [row["name"] for row in printed["tables"]["32 x 24"]]
+    for wanted in ("f32, stream, 1 threads", "f32, 1 threads"):
+        assert f"anysize {ENGINES[0]} {wanted}" in names
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--size", "32"])
     assert stop.value.code == 2

@@ -1,0 +1,240 @@
+"""What runs fastest on this machine, by a short measurement: bands, tiles, streams, live programs.
+
+The figures are kept in the cache by model, engine, precision and processor; `planning` weighs them against
+what the halos of a picture's strips or tiles cost.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anysize.backends.base import Array, cores
+from anysize.backends.errors import BackendUnavailableError, NotStreamable, OptionError
+from anysize.backends.spec import Dim
+from anysize.exporters.bands import ROWS
+from anysize.exporters.exporting import random_feeds
+from anysize.exporters.radius import image_step
+from anysize.guard import log
+
+if TYPE_CHECKING:
+    from anysize.session import Session
+
+#: seconds after which nothing more is measured
+SECONDS = 15.0
+#: columns of the bands that are measured, in all strips together
+_COLUMNS = 1024
+#: of the pixels that a band has without this
+_BANDS = (1.0, 2.0, 0.5)
+#: sides of tiles with their halo
+_TILES = (256, 640, 448)
+#: programs for pictures of this many pixels may take this part of the free memory
+_PROGRAM_PIXELS, _PART = 256 * 256, 0.1
+_LIVE = range(2, 17)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`streams` bands or tiles of `pixels` each at the same time take in `per_second` pixels, with halos."""
+
+    method: str
+    streams: int
+    pixels: int
+    per_second: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured: of the way the model runs, and how many programs may stay alive."""
+
+    speeds: tuple[Speed, ...]
+    max_live: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Tuned:
+        fields = json.loads(text)
+        return cls(tuple(Speed(**speed) for speed in fields["speeds"]), fields["max_live"])
+
+
+def processor() -> str:
+    """Its name and the numbers that tell it from others of that name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    numbers = [facts[key] for key in ("cpu family", "model", "stepping") if key in facts]
+    return " ".join([facts.get("model name", platform.machine()), "/".join(numbers)]).strip()
+
+
+def known(session: Session) -> Tuned | None:
+    """What was measured before for this model on this engine and machine."""
+    key, cache = _key(session), session._guards[0].options.cache
+    data = cache.get(*key) if cache is not None and key else None
+    return None if data is None else Tuned.from_json(data.decode())
+
+
+def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tuned:
+    """Measure, keep and return; the session goes by it from now on. Takes less than 20 seconds.
+
+    A model so slow that this is not enough for all is measured on what there is time for. Raises
+    `OptionError` for a model that is not picture in, picture out, and what a run raises.
+    """
+    if session.spec.scale is None or not all(isinstance(s, Dim) for s in session.spec.inputs[0].shape[2:]):
+        raise OptionError("only models of one picture of any size to one picture can be tuned")
+    started = time.perf_counter()
+    live = _live(session)
+    try:
+        session.bands()
+        speeds = _measure(session, _Bands, _BANDS, started, say)
+    except (NotStreamable, BackendUnavailableError):
+        speeds = _measure(session, _Tiles, _TILES, started, say)
+    tuned = Tuned(speeds, live)
+    key, cache = _key(session), session._guards[0].options.cache
+    if cache is not None and key:
+        cache.put(tuned.to_json().encode(), *key)
+    session.tuned = tuned
+    log.info("tuned in %.1f s: %s", time.perf_counter() - started, tuned)
+    return tuned
+
+
+def _key(session: Session) -> tuple[str, ...]:
+    guard = session._guards[0]
+    model = guard.model.digest or guard.spec.source_sha256
+    options, backend = guard.options, guard.backend
+    asked = (options.precision, options.device, str(options.threads), str(cores()))
+    return ("tuned", model, backend.name, backend.version, *asked, processor()) if model else ()
+
+
+def _live(session: Session) -> int:
+    """Programs that may stay alive, from what one was seen to take."""
+    import psutil
+
+    spec, process = session.spec, psutil.Process()
+    sizes = {name: dim.floor(max(128, dim.min)) for name, dim in spec.dims.items()}
+    batch = spec.inputs[0].shape[0]
+    if isinstance(batch, Dim):
+        sizes[batch.name] = batch.min
+    feeds = random_feeds(spec, sizes)
+    before = process.memory_info().rss
+    session.run(feeds)
+    rows, columns = feeds[spec.inputs[0].name].shape[2:]
+    taken = max(process.memory_info().rss - before, 2**20) * max(1, _PROGRAM_PIXELS / (rows * columns))
+    fit = int(psutil.virtual_memory().available * _PART / taken)
+    return min(max(fit, _LIVE[0]), _LIVE[-1])
+
+
+class _Bands:
+    """Bands in the middle of a picture, in as many strips as streams, without halos."""
+
+    method = "stream"
+
+    def __init__(self, session: Session, streams: int, size: float) -> None:
+        runner = session.bands()
+        guard = runner.guards["middle"]
+        step, name = image_step(session.spec, 3), guard.spec.inputs[0].name
+        columns = session.spec.inputs[0].shape[3]
+        assert isinstance(columns, Dim)
+        width = columns.floor(max(columns.min, _COLUMNS // streams // step * step))
+        self.pixels = int(runner.band_pixels * size)
+        rows = runner.default_band(width, self.pixels)
+        feeds = random_feeds(guard.spec, {ROWS: rows, columns.name: width})
+        states = {other: np.zeros_like(feeds[other]) for other in guard.model.states}
+        self._window = {name: feeds[name]}
+        self._sequences = [guard.begin(self._window, states, streams) for _ in range(streams)]
+        self.taken = streams * rows * width
+
+    def run(self, stream: int) -> None:
+        self._sequences[stream].run(self._window)
+
+    def close(self) -> None:
+        for sequence in self._sequences:
+            sequence.close()
+
+
+class _Tiles:
+    """As many tiles as streams."""
+
+    method = "tile"
+
+    def __init__(self, session: Session, streams: int, size: float) -> None:
+        spec = session.spec
+        sizes = {name: dim.floor(max(int(size), dim.min)) for name, dim in spec.dims.items()}
+        batch = spec.inputs[0].shape[0]
+        if isinstance(batch, Dim):
+            sizes[batch.name] = batch.min
+        self._session, self._streams = session, streams
+        self._feeds: dict[str, Array] = random_feeds(spec, sizes)
+        self.pixels = int(size) ** 2
+        rows, columns = self._feeds[spec.inputs[0].name].shape[2:]
+        self.taken = streams * rows * columns
+
+    def run(self, stream: int) -> None:
+        self._session.run(self._feeds, streams=self._streams)
+
+    def close(self) -> None:
+        pass
+
+
+def _measure(
+    session: Session,
+    kind: type[_Bands] | type[_Tiles],
+    sizes: tuple[float, ...],
+    started: float,
+    say: Callable[[str], Any],
+) -> tuple[Speed, ...]:
+    """Cases in turns, for as long as there is time; those begin that are likely to be done in it."""
+    backend, threads = session._guards[0].backend, session._guards[0].options.threads or cores()
+    counts = {1, 2, threads // 2, threads} if backend.has_streams and session.spec.radius is not None else {1}
+    wanted = [(n, size) for size in sizes for n in sorted(counts) if 1 <= n <= threads]
+    cases: dict[tuple[int, float], _Bands | _Tiles] = {}
+    seconds: dict[tuple[int, float], list[float]] = {}
+    slowest = 0.0  # seconds per pixel, of making a case ready and running it
+
+    def left() -> float:
+        return SECONDS - (time.perf_counter() - started)
+
+    with ThreadPoolExecutor(max(counts)) as pool:
+
+        def timed(case: _Bands | _Tiles, streams: int) -> float:
+            begun = time.perf_counter()
+            list(pool.map(case.run, range(streams)))
+            return time.perf_counter() - begun
+
+        try:
+            for n, size in wanted:
+                begun = time.perf_counter()
+                area = kind.method == "tile"
+                likely = slowest * (n * size**2 if area else n * session.bands().band_pixels * size)
+                if cases and likely > left():
+                    continue
+                say(f"{kind.method}, {n} at a time")
+                case = cases[n, size] = kind(session, n, size)
+                timed(case, n)
+                seconds[n, size] = [timed(case, n)]
+                slowest = max(slowest, (time.perf_counter() - begun) / case.taken)
+            say("in turns")
+            while sum(times[-1] for times in seconds.values()) < left() and len(seconds) > 1:
+                for key, case in cases.items():
+                    seconds[key].append(timed(case, key[0]))
+        finally:
+            for case in cases.values():
+                case.close()
+    return tuple(
+        Speed(kind.method, n, case.pixels, case.taken / statistics.median(seconds[n, size]))
+        for (n, size), case in cases.items()
+    )

@@ -84,7 +84,7 @@ class OpenVINOBackend(Backend):
             raise OptionError(f"device '{options.device}' is not available to openvino here; found: {found}")
         if options.precision not in self.precisions:
             raise OptionError(f"openvino runs {' or '.join(self.precisions)}, not {options.precision}")
-        able = [*self._core.get_property(device, "OPTIMIZATION_CAPABILITIES"), "FP32", "F32"]
+        able = [*self._core.get_property(device, "OPTIMIZATION_CAPABILITIES"), "F32"]
         if options.precision.upper() not in able:
             raise OptionError(f"this processor has no {options.precision} arithmetic; use f32")
 

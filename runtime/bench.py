@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -267,6 +268,7 @@ def bench(
     model: str = "default",
     *,
     ncnn: str | None = None,
+    backends: Sequence[str] | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     methods: Sequence[str] = ("auto",),
     threads: Sequence[int | None] = (None,),
@@ -275,7 +277,8 @@ def bench(
     say: Callable[[str], Any] = lambda text: None,
 ) -> Benchmark:
     """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second. `ncnn`: the
-    same model as a .param file, for ncnn as a peer. `methods`, `threads`: as `Tiling` and `Options` take
+    same model as a .param file, for ncnn as a peer. `backends`: the engines to run it on (None: all that are
+    installed); the common case is there in any case. `methods`, `threads`: as `Tiling` and `Options` take
     them, for the cases that are ours.
 
     Ours are tuned first (`anysize.tuning`), which `quick` leaves out: that is three rounds at most, ended
@@ -292,7 +295,12 @@ def bench(
         raise OptionError(f"sizes may have {_LARGEST} pixels at most")
     for path in filter(None, (model, ncnn)):
         source_format(path)
-    engines = [info for info in describe_backends() if info.problem is None]
+    installed = [info for info in describe_backends() if info.problem is None]
+    names = [info.name for info in installed]
+    for name in backends or ():
+        if name not in names:
+            raise OptionError(f"backend '{name}' is not installed here; installed: {', '.join(names)}")
+    engines = [info for info in installed if info.name in (backends or names)]
     if not engines:
         raise OptionError("no engine is installed")
     rounds = min(rounds, 3) if quick else rounds
@@ -316,7 +324,7 @@ def bench(
             if not rows:
                 raise ExecutionError(f"nothing ran: {left_out}", backend="", shape=None)
             tables[f"{width} x {height}"] = rows
-    versions = {info.name: info.version for info in engines}
+    versions = {info.name: info.version for info in installed}
     machine = {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -355,7 +363,7 @@ def _cases(
             cases[f"{info.name} {precision} alone, tile 128"] = case | {"kind": "raw"}
             if info.name == "onnxruntime":
                 cases[f"{info.name} {precision}, tiles of 200 + 10"] = case | loop
-    if any(info.name == "torch" for info in engines) and not model.endswith((".onnx", ".xml", ".param")):
+    if find_spec("torch") is not None and not model.endswith((".onnx", ".xml", ".param")):
         cases[COMMON] = base | {"kind": "torch", "tile": 200, "precision": "f32"}
         cases[f"{COMMON}, channels_last"] = cases[COMMON] | {"channels_last": True}
     return cases

@@ -70,7 +70,7 @@ def raw(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        options=Options(shapes="static", max_live=1, calibration=(picture(case["height"], case["width"]),)),
+        options=Options(shapes="static", calibration=(picture(case["height"], case["width"]),)),
     )
     tile = picture(RAW_TILE, RAW_TILE).transpose(2, 0, 1)[None].astype(np.float32) / 255
     times = max(1, round(case["height"] * case["width"] / RAW_TILE**2))

@@ -233,6 +233,7 @@ def bench(
         list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture; may be given several times.")
     ] = None,
     ncnn: Annotated[str | None, typer.Option(help="The same model as a .param file, as a peer.")] = None,
+    backends: Annotated[str | None, typer.Option("--backends", help="Names, separated by commas.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="auto, stream, tile or whole; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of the engine; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
@@ -250,6 +251,7 @@ def bench(
         result = measure(
             model,
             ncnn=ncnn,
+            backends=_names(backends),
             sizes=sizes,
             methods=method or ["auto"],
             threads=threads or [None],
@@ -265,6 +267,10 @@ def bench(
     if not as_json:
         out.print(f"written: {', '.join(map(str, made))}", markup=False, highlight=False, soft_wrap=True)
     return OK
+
+
+def _names(text: str | None) -> list[str] | None:
+    return [name.strip() for name in text.split(",")] if text else None
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -362,8 +368,7 @@ def parity(
     """Compare the engines on a model at several sizes; exit code 1 outside the tolerance."""
     from anysize.parity import compare
 
-    names = [b.strip() for b in backends.split(",")] if backends else None
-    report = compare(model, backends=names, sizes=_sizes(sizes), precision=precision, atol=atol)
+    report = compare(model, backends=_names(backends), sizes=_sizes(sizes), precision=precision, atol=atol)
     if as_json:
         print(report.to_json())  # noqa: T201
         return OK if report.ok else FAILED

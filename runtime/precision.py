@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from anysize.files import pictures_in, read_picture
 from anysize.guard import ShapeGuard
 from anysize.pixels import open_picture, split
 from anysize.session import LIVE, Options, Session, load, tuned
-from anysize.sources import Source
+from anysize.sources import Source, version_of
 from anysize.tiling import round_up
 
 #: bf16 is kept only above this: at 50 dB the root of the mean square difference is 0.8/255
@@ -165,7 +164,7 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
         feeds = crops(options.calibration, first.spec)
         cache = first.options.cache
         digest = hashlib.sha256(b"".join(feed.tobytes() for feed in feeds[:CALIBRATING])).hexdigest()
-        made_by = [f"{name} {version(name)}" for name in ("nncf", "onnx", "onnxruntime")]
+        made_by = [f"{name} {version_of(name)}" for name in ("nncf", "onnx", "onnxruntime")]
         key = ("int8", first.model.digest or "", digest, *made_by)
         data = cache.get(*key) if cache is not None else None
         if data is None:

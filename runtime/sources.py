@@ -135,7 +135,7 @@ def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
     direct = "module" in backend.formats
     sha256 = _file_sha256(path)
     # all that the contract, the conversion and its verification follow from
-    made_by = [f"{name} {_version(name)}" for name in ("torch", "onnx", "onnxscript")]
+    made_by = [f"{name} {version_of(name)}" for name in ("torch", "onnx", "onnxscript")]
     made_by += [] if direct else [f"{backend.name} {backend.version}"]
     key = ("contract" if direct else "converted", sha256, path.suffix.lower(), *made_by)
     known = cache.get(*key) if cache is not None else None
@@ -153,7 +153,8 @@ def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
     return model
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Its version; "none" where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

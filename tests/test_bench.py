@@ -99,6 +99,7 @@ def test_a_model_that_does_not_run_is_said_so(tmp_path: Path) -> None:
 def test_the_command(toybox: ToyBox, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = toybox.file("Doubling")
     arguments = ["--size", "32x24", "--rounds", "1", "--quick", "--threads", "1", "--method", "stream"]
+    arguments += ["--backends", ENGINES[0]]
     with pytest.raises(SystemExit) as stop:
         main(["bench", "-m", str(model), "-o", str(tmp_path), "--json", *arguments, "--method", "auto"])
     assert stop.value.code == 0
@@ -108,7 +109,12 @@ def test_the_command(toybox: ToyBox, tmp_path: Path, capsys: pytest.CaptureFixtu
     names = [row["name"] for row in printed["tables"]["32 x 24"]]
     for wanted in ("f32, stream, 1 threads", "f32, 1 threads"):
         assert f"anysize {ENGINES[0]} {wanted}" in names
+    assert not [name for name in names if "torch alone" in name]
     with pytest.raises(SystemExit) as stop:
         main(["bench", "--size", "32"])
     assert stop.value.code == 2
     assert "--size must be WIDTHxHEIGHT" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--backends", "abacus", "-o", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "backend 'abacus' is not installed here" in capsys.readouterr().err

@@ -8,10 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import anysize
+import anysize.exporters.quantizing
 import anysize.precision
 import numpy as np
 import pytest
-from anysize import ExecutionError, OptionError, Options, Session, Tiling, Upscaler, load, upscale_file
+from anysize import (
+    BackendUnavailableError,
+    ExecutionError,
+    OptionError,
+    Options,
+    Session,
+    Tiling,
+    Upscaler,
+    load,
+    upscale_file,
+)
 from anysize.backends import get_backend
 from anysize.bench_worker import picture as photograph
 from anysize.files import write_picture
@@ -237,6 +248,14 @@ def test_int8_without_what_it_needs(backend: str, pictures: tuple[Any, ...], say
         pytest.skip(f"needs {backend}")
     with pytest.raises(OptionError, match=says):
         load("default", backend=backend, precision="int8", options=Options(calibration=pictures))
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+def test_int8_without_nncf_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(anysize.exporters.quantizing, "find_spec", lambda name: None)
+    options = Options(calibration=(photograph(100, 100),), cache_dir="")
+    with pytest.raises(BackendUnavailableError, match=r'int8 needs nncf: pip install "anysize\[int8\]"'):
+        load("default", backend="openvino", precision="int8", options=options)
 
 
 def test_int8_is_no_fallback() -> None:

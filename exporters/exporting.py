@@ -296,6 +296,12 @@ def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
     return chosen
 
 
+def sizes_near(spec: ModelSpec, side: int) -> dict[str, int]:
+    """Valid sizes of the free axes: the batch its least, all others about `side`."""
+    batch = getattr(spec.inputs[0].shape[0], "name", "")
+    return {n: d.min if n == batch else d.floor(max(side, d.min)) for n, d in spec.dims.items()}
+
+
 def random_feeds(spec: ModelSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
     """Uniform noise in the contract's value range, of the shapes that `sizes` give."""
     rng = np.random.default_rng(seed)

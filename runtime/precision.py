@@ -12,8 +12,8 @@ import numpy as np
 from anysize.backends import Backend
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import ExecutionError, IntegrityError, OptionError, ShapeError
-from anysize.backends.spec import Dim, ModelSpec
-from anysize.exporters.exporting import random_feeds
+from anysize.backends.spec import ModelSpec
+from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.quantizing import quantize
 from anysize.exporters.radius import image_step
 from anysize.files import pictures_in, read_picture
@@ -111,9 +111,7 @@ def decibels(precise: Session, rough: Session, probe: Feeds) -> float:
 
 def noise(spec: ModelSpec) -> list[Feeds]:
     """Noise as input: harder to round than a picture."""
-    batch = getattr(spec.inputs[0].shape[0], "name", "")
-    sizes = {name: dim.floor(max(SIDE, dim.min)) for name, dim in spec.dims.items() if name != batch}
-    return [random_feeds(spec, sizes | ({batch: spec.dims[batch].min} if batch else {}))]
+    return [random_feeds(spec, sizes_near(spec, SIDE))]
 
 
 def busiest(picture: Iterable[Array], height: int, width: int, spec: ModelSpec) -> list[Feeds]:
@@ -157,7 +155,6 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
     """
     precise = load(source, backend=backend, options=replace(options, tune=False))
     first, *others = precise._guards
-    kept = False
     try:
         engine_options = replace(first.options, precision="int8")
         first.backend.check(engine_options)
@@ -180,13 +177,12 @@ def load_int8(source: Source, backend: str | Backend, options: Options) -> Sessi
         if worst < LEAST_INT8_DB:
             alone.close()
             raise OptionError(f"{reason}, and at least {LEAST_INT8_DB:g} dB are asked for")
-        kept = True
-        return tuned(Session([guard, *others], precise.stats.fallbacks, reason), options)
-    finally:
-        if kept:
-            first.close()
-        else:
-            precise.close()
+        session = tuned(Session([guard, *others], precise.stats.fallbacks, reason), options)
+    except BaseException:
+        precise.close()
+        raise
+    first.close()
+    return session
 
 
 def crops(pictures: Iterable[Any], spec: ModelSpec) -> list[Array]:
@@ -200,10 +196,7 @@ def crops(pictures: Iterable[Any], spec: ModelSpec) -> list[Array]:
     shape = spec.inputs[0].shape
     if len(spec.inputs) != 1 or len(shape) != 4 or spec.channels not in (1, 3):
         raise OptionError("int8 is calibrated on pictures, and this model does not take one picture")
-    sizes = {name: dim.floor(max(CROP, dim.min)) for name, dim in spec.dims.items()}
-    if isinstance(shape[0], Dim):
-        sizes[shape[0].name] = shape[0].min
-    rows, columns = spec.input_shapes(sizes)[spec.inputs[0].name][2:]
+    rows, columns = spec.input_shapes(sizes_near(spec, CROP))[spec.inputs[0].name][2:]
     planes: list[Array] = []
     for item in pictures:
         is_path = isinstance(item, (str, os.PathLike))

@@ -21,7 +21,7 @@ from anysize.backends.base import Array, cores
 from anysize.backends.errors import BackendUnavailableError, NotStreamable, OptionError
 from anysize.backends.spec import Dim
 from anysize.exporters.bands import ROWS
-from anysize.exporters.exporting import random_feeds
+from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.radius import image_step
 from anysize.guard import log
 
@@ -125,11 +125,7 @@ def _live(session: Session) -> int:
     import psutil
 
     spec, process = session.spec, psutil.Process()
-    sizes = {name: dim.floor(max(128, dim.min)) for name, dim in spec.dims.items()}
-    batch = spec.inputs[0].shape[0]
-    if isinstance(batch, Dim):
-        sizes[batch.name] = batch.min
-    feeds = random_feeds(spec, sizes)
+    feeds = random_feeds(spec, sizes_near(spec, 128))
     before = process.memory_info().rss
     session.run(feeds)
     rows, columns = feeds[spec.inputs[0].name].shape[2:]
@@ -173,12 +169,8 @@ class _Tiles:
 
     def __init__(self, session: Session, streams: int, size: float) -> None:
         spec = session.spec
-        sizes = {name: dim.floor(max(int(size), dim.min)) for name, dim in spec.dims.items()}
-        batch = spec.inputs[0].shape[0]
-        if isinstance(batch, Dim):
-            sizes[batch.name] = batch.min
         self._session, self._streams = session, streams
-        self._feeds: dict[str, Array] = random_feeds(spec, sizes)
+        self._feeds: dict[str, Array] = random_feeds(spec, sizes_near(spec, int(size)))
         self.pixels = int(size) ** 2
         rows, columns = self._feeds[spec.inputs[0].name].shape[2:]
         self.taken = streams * rows * columns

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import queue
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -129,7 +131,9 @@ class OpenVINOBackend(Backend):
         names = self._names(model)
         if stateful:
             return _Stateful(self._ov, compiled, model, names, options)
-        return _Program(compiled, model, names, options, None if shapes is not None else graph)
+        if shapes is not None:
+            return _Program(compiled, model, names, options)
+        return _OpenProgram(compiled, model, names, options, graph, partial(self.compile, model))
 
     def _compile(
         self, graph: Any, device: str, config: dict[str, Any], cache: Cache | None, of: tuple[Model, object]
@@ -222,21 +226,14 @@ class OpenVINOBackend(Backend):
 
 
 class _Program(Executable):
-    def __init__(
-        self, compiled: Any, model: Model, names: _Names, options: EngineOptions, open_graph: Any | None
-    ) -> None:
-        self._compiled, self._names = compiled, names
-        self._graph = open_graph
-        self._inferred: OrderedDict[tuple[tuple[int, ...], ...], None] = OrderedDict()
-        self._lock = threading.Lock()
+    def __init__(self, compiled: Any, model: Model, names: _Names, options: EngineOptions) -> None:
+        self._compiled = compiled
         self.inputs, self.outputs = _ports(compiled, model, names, {})
         self.precision, self.device = _what_runs(compiled, options)
         # One request per concurrent run: a request's tensors are its own, and `compiled(...)` has one only.
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        if self._graph is not None:
-            self._infer_shapes(self._graph, {name: value.shape for name, value in feeds.items()})
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
@@ -247,19 +244,59 @@ class _Program(Executable):
         self._idle.put(request)
         return outputs
 
-    def _infer_shapes(self, graph: Any, shapes: Shapes) -> None:
-        """Raise for sizes that do not fit somewhere in an open program's graph.
 
-        Running them has returned the previous output, poisoned the program, and with one thread ended the
+class _OpenProgram(_Program):
+    """A program for any shape, which runs those only that the engine is known to get right with it."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        model: Model,
+        names: _Names,
+        options: EngineOptions,
+        graph: Any,
+        compile_at: Callable[[Shapes, EngineOptions], Executable],
+    ) -> None:
+        """`graph`: what was compiled, to be used by nobody else."""
+        super().__init__(compiled, model, names, options)
+        self._graph, self._names, self._options, self._compile_at = graph, names, options, compile_at
+        self._inferred: OrderedDict[tuple[tuple[int, ...], ...], bool] = OrderedDict()
+        self._fixed: tuple[Any, Executable] | None = None
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        shapes = {name: value.shape for name, value in feeds.items()}
+        program = self._program_for(shapes)
+        return super().run(feeds) if program is None else program.run(feeds)
+
+    def _program_for(self, shapes: Shapes) -> Executable | None:
+        """None for this program, or one of fixed shape. Raises for sizes that do not fit in the graph.
+
+        Running such has returned the previous output, poisoned the program, and with one thread ended the
         process. Shape inference costs milliseconds, and only for a size not seen lately.
+
+        Where a convolution meets a single pixel, bf16 and int8 have come out wrong by up to the whole range
+        of values: in a program for any shape, what follows it by channel (the slopes of a PReLU, an addition
+        behind a ReLU) went wrong. In programs of fixed shape it does not.
         """
         key = tuple(shapes[port.name] for port in self.inputs)
         with self._lock:
             if key not in self._inferred:
-                _reshape(graph, self._names, shapes)
-                self._inferred[key] = None
+                _reshape(self._graph, self._names, shapes)
+                rough = self._options.precision != "f32"
+                self._inferred[key] = rough and any(map(_of_a_pixel, self._graph.get_ops()))
                 while len(self._inferred) > _REMEMBERED_SHAPES:
                     self._inferred.popitem(last=False)
+            if not self._inferred[key]:
+                return None
+            if self._fixed is None or self._fixed[0] != key:
+                self._fixed = key, self._compile_at(shapes, self._options)
+            return self._fixed[1]
+
+
+def _of_a_pixel(step: Any) -> bool:
+    """Whether this is a convolution of a picture of one pixel."""
+    return "Convolution" in step.get_type_name() and math.prod([*step.input_value(0).get_shape()][2:]) == 1
 
 
 class _Stateful(Executable):
@@ -322,7 +359,9 @@ def _what_runs(compiled: Any, asked: EngineOptions) -> tuple[str, str]:
     if asked.precision == "int8":
         steps = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
         ran = {
-            s["runtimePrecision"].astype(str) for s in steps if "Convolution" in s["layerType"].astype(str)
+            s["runtimePrecision"].astype(str)
+            for s in steps
+            if s["layerType"].astype(str).endswith(("Convolution", "Deconvolution"))
         }
         precision = "int8" if ran & {"i8", "u8"} else precision
     return precision, ",".join(compiled.get_property("EXECUTION_DEVICES")).lower()

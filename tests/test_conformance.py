@@ -9,6 +9,7 @@ from pathlib import Path
 import anysize
 import numpy as np
 import pytest
+import torch
 from anysize import ModelLoadError, OptionError
 from anysize.backends import SPEC_KEY, EngineOptions, Executable, Model, ModelSpec, get_backend
 from anysize.exporters.bands import ROWS, band_model
@@ -47,6 +48,25 @@ def test_names_itself_and_its_engine(backend: str) -> None:
     assert engine.formats
     assert "f32" in engine.precisions
     assert get_backend(backend) is engine
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("name", ["SlopesByChannel", "SqueezeExcite"])
+def test_few_pixels_in_every_precision(backend: str, toybox: ToyBox, name: str, fixed: bool) -> None:
+    """OpenVINO's programs for any shape went wrong where a convolution meets one pixel, but not in f32."""
+    engine = get_backend(backend)
+    model = toybox.model(name, engine)
+    reference, _ = toybox.make(name)
+    for precision in (p for p in engine.precisions if p != "int8"):
+        options = EngineOptions(precision)
+        program = None if fixed else engine.compile(model, None, options)
+        for height, width in ((1, 1), (7, 9), (1, 2), (3, 1), (1, 1)):
+            x = noise(1, 3, height, width)
+            used = program or engine.compile(model, {"x": x.shape}, options)
+            with torch.inference_mode():
+                want = reference(torch.from_numpy(x)).numpy()
+            got = used.run({"x": x})["output"]
+            assert np.abs(got - want).max() < (1e-5 if precision == "f32" else 0.02), (precision, x.shape)
 
 
 @pytest.mark.parametrize("fixed", [False, True])

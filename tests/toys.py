@@ -141,6 +141,39 @@ class WholePicture(nn.Module):
         return torch.sigmoid((y - mean) / (((y - mean) ** 2).mean(dim=(2, 3), keepdim=True) + 1e-3).sqrt())
 
 
+class SlopesByChannel(nn.Module):
+    """What follows a convolution differs by channel: the slopes of a PReLU, an addition behind a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(16)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1), nn.PReLU(24), nn.Conv2d(24, 24, 3, padding=1), nn.ReLU()
+        )
+        self.layers[1].weight.data = torch.linspace(-1, 2, 24)
+        self.offsets = nn.Parameter(torch.linspace(-1, 1, 24).reshape(1, 24, 1, 1))
+        self.tail = nn.Conv2d(24, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(self.layers(x) + self.offsets)
+
+
+class SqueezeExcite(nn.Module):
+    """Channels weighed by what the whole picture's mean says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(17)
+        self.head = nn.Conv2d(3, 24, 3, padding=1)
+        self.weigh = nn.Sequential(nn.Conv2d(24, 24, 1), nn.PReLU(24), nn.Conv2d(24, 24, 1), nn.Sigmoid())
+        self.weigh[1].weight.data = torch.linspace(-20, 20, 24)
+        self.tail = nn.Conv2d(24, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(x)
+        return self.tail(y * self.weigh(y.mean(dim=(2, 3), keepdim=True)))
+
+
 class Identity(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -237,7 +270,7 @@ class Faulty(Backend):
     ) -> None:
         self.inner, self.fault, self.at = inner, fault, at
         self.name, self.formats, self.precisions = inner.name, inner.formats, inner.precisions
-        self.prefers_static = inner.prefers_static
+        self.prefers_static, self.has_streams = inner.prefers_static, inner.has_streams
         self.calls = 0
 
     @property
@@ -336,6 +369,20 @@ class Dilated(nn.Module):
         for layer in self.layers:
             y = torch.tanh(layer(y))
         return x + 0.2 * y
+
+
+class Transposed(nn.Module):
+    """Between two convolutions, only a transposed one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(15)
+        self.head = nn.Conv2d(3, 16, 3, padding=1)
+        self.up = nn.ConvTranspose2d(16, 16, 4, 2, 1)
+        self.tail = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(F.relu(self.up(F.relu(self.head(x)))))
 
 
 class Doubling(nn.Module):

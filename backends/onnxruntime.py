@@ -57,8 +57,8 @@ class OnnxRuntimeBackend(Backend):
     def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         settings = self._settings()
         settings.intra_op_num_threads = options.threads or 0
-        if options.streams > 1:  # a run takes its caller's thread and those of the pool
-            settings.intra_op_num_threads = max(1, (options.threads or cores()) // options.streams)
+        if options.streams > 1:  # each run has its caller's thread, and all share the other ones
+            settings.intra_op_num_threads = max(1, (options.threads or cores()) - options.streams + 1)
         # A spinning pool starves every other engine and worker of the process.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.enable_mem_pattern = shapes is not None  # patterns are per shape and pile up otherwise

@@ -24,6 +24,7 @@ WEIGHTS = ("realesr-animevideov3.pth", "rrdbnet6-trained.pth")
 PICTURES = ("0030.jpg", "children-alpha.png")
 SIZES = ((146, 400), (400, 146), (147, 401), (53, 67))  # height, width
 OUT = Path("out")
+Spread = tuple[float, float] | None
 
 
 class Table:
@@ -32,15 +33,16 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, what: str, figure: float, bound: float) -> None:
-        ok = bool(figure <= bound)
-        self.rows.append({"what": what, "figure": figure, "bound": bound, "ok": ok})
-        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} (at most {bound:g})", flush=True)
+    def add(self, what: str, figure: float, bound: float, spread: Spread = None) -> None:
+        self._row(what, figure, bound, spread, figure <= bound, "at most")
 
-    def at_least(self, what: str, figure: float, bound: float) -> None:
-        ok = bool(figure >= bound)
-        self.rows.append({"what": what, "figure": figure, "bound": bound, "ok": ok})
-        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} (at least {bound:g})", flush=True)
+    def at_least(self, what: str, figure: float, bound: float, spread: Spread = None) -> None:
+        self._row(what, figure, bound, spread, figure >= bound, "at least")
+
+    def _row(self, what: str, figure: float, bound: float, spread: Spread, ok: bool, how: str) -> None:
+        ok = bool(ok)  # numpy's is not JSON's
+        self.rows.append({"what": what, "figure": figure, "spread": spread, "bound": bound, "ok": ok})
+        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} ({how} {bound:g})", flush=True)
 
 
 def agreement(table: Table, weights: str) -> None:

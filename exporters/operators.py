@@ -94,7 +94,7 @@ class Operator:
 
 
 class Facts:
-    """What reading an operator may look up: the rest of the graph, and shapes at two sizes."""
+    """What reading an operator may look up: the rest of the graph, and shapes at several sizes."""
 
     def __init__(
         self,
@@ -110,11 +110,11 @@ class Facts:
         self.joined: dict[str, tuple[str, ...]] = {}  # Concat's output -> what it joins
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """At the first of the two sizes."""
+        """At the first of the sizes."""
         return self.shapes[0].get(name, (None, 0))[0]
 
     def growth(self, before: str, after: str, axis: int) -> Fraction | None:
-        """Size of `after` per size of `before`, where it is the same at both sizes."""
+        """Size of `after` per size of `before`, where it is the same at all sizes."""
         if not all(before in s and after in s for s in self.shapes):
             return None
         ratios = {Fraction(s[after][0][axis], s[before][0][axis]) for s in self.shapes}

@@ -31,21 +31,32 @@ def quantize(model: Model, feeds: Sequence[Array]) -> bytes:
     """
     if model.format != "onnx" or isinstance(model.data, Path):
         raise ModelLoadError("int8 is made from weights, or from an .onnx file of one piece")
-    missing = [name for name in ("nncf", "onnx", "onnxruntime") if find_spec(name) is None]
-    if missing:
-        raise BackendUnavailableError(f'int8 needs {missing[0]}: pip install "anysize[int8]"', name="int8")
+    check_installed()
     with tempfile.TemporaryDirectory(prefix="anysize-") as name:
         folder = Path(name)
         (folder / _MODEL).write_bytes(model.data)
         np.savez(folder / _FEEDS, *feeds)
-        command = [sys.executable, "-m", "anysize.exporters.quantizing", name]
+        # -P: no module is taken from the folder that happens to be the current one
+        command = [sys.executable, "-P", "-m", "anysize.exporters.quantizing", name]
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise ExportError(f"this model cannot be quantized: {lines[-1] if lines else done.returncode}")
         return (folder / _RESULT).read_bytes()
+
+
+def check_installed() -> None:
+    """Raises `BackendUnavailableError`, with what to install, where something that makes int8 is missing."""
+    missing = [name for name in ("nncf", "onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(f'int8 needs {missing[0]}: pip install "anysize[int8]"', name="int8")
 
 
 def main(folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def _stream(
         return False
     width, height = rows.width * upscaler.scale, rows.height * upscaler.scale
     try:
-        with RowWriter(dst, width, height, rows.channels, rows.dtype, rows.header) as writer:
+        with (
+            closing(bands),  # its programs and threads are let go at once, also where writing fails
+            RowWriter(dst, width, height, rows.channels, rows.dtype, rows.header) as writer,
+        ):
             for band in bands:
                 writer.write(band)
     except (ExecutionError, IntegrityError) as error:

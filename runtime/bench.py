@@ -25,6 +25,7 @@ import numpy as np
 from anysize.backends import BackendInfo, describe_backends
 from anysize.backends.base import Array
 from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
+from anysize.pixels import open_picture, quantise, split
 from anysize.precision import LEAST_DB, LEAST_INT8_DB
 from anysize.session import Options
 from anysize.sources import source_format
@@ -45,11 +46,14 @@ _LARGEST = 2**26
 
 @dataclass
 class Row:
-    """One case at one size. `ratio`: of speeds, over the common case: median, 10th and 90th percentile.
+    """One case at one size. `spread`: 10th and 90th percentile of `mpx_per_second`, which is the median.
+    `ratio`: of speeds, over the common case: median, 10th and 90th percentile.
 
     `of_peak`: of the operations a second that a large matrix product gets in this precision; None where the
-    graph cannot be read. `decibels`: PSNR of the 8-bit result against the first engine's in f32; infinite
-    where they are identical, None for that engine itself and for cases without a picture.
+    graph cannot be read. `decibels`: PSNR of the result against the first engine's in f32, as `precision`
+    judges it, before the rounding to 8 bits; `decibels_8bit`: after it, which by itself costs some where the
+    two are close. Infinite where they are identical, None for that engine itself and for cases without a
+    picture.
     """
 
     name: str
@@ -57,9 +61,11 @@ class Row:
     facts: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
     mpx_per_second: float = 0.0
+    spread: tuple[float, float] = (0.0, 0.0)
     ratio: tuple[float, float, float] | None = None
     of_peak: float | None = None
     decibels: float | None = None
+    decibels_8bit: float | None = None
 
 
 @dataclass
@@ -87,13 +93,14 @@ class Benchmark:
             if good:
                 best = max(good, key=lambda r: r.mpx_per_second)
                 against = f", {best.ratio[0]:.2f} x {COMMON}" if best.ratio else ""
-                peak = f", {best.of_peak:.0%} of the peak" if best.of_peak else ""
+                peak = f", {best.of_peak:.0%} of a large matrix product's speed" if best.of_peak else ""
                 quality = f", {best.decibels:.1f} dB from f32" if precision != "f32" and best.decibels else ""
                 flags = "".join(
                     f" --{name} {best.case[name]}"
                     for name in ("backend", "precision", "method", "threads")
                     if best.case[name] not in (None, "auto")
                 )
+                flags += " --calibration PICTURES" if precision == "int8" else ""
                 facts = best.facts
                 how = {"stream": f"bands of {facts['tile']} rows", "tile": f"tiles of {facts['tile']}"}
                 lines.append(
@@ -109,14 +116,13 @@ class Benchmark:
         lines += [f"* {name}: {_giga(name, value)}" for name, value in self.ceilings.items()]
         for size, rows in self.tables.items():
             lines += ["", f"## {Path(self.model).name}, {size}", ""]
-            lines += [
-                f"| case | input Mpx/s | times {COMMON} (10th to 90th percentile) | of peak | dB | method |"
-            ]
+            ratios = f"times {COMMON} (10th to 90th percentile)"
+            lines += [f"| case | input Mpx/s | {ratios} | of the matrix product | dB (in 8 bits) | method |"]
             lines += ["|---|---|---|---|---|---|"]
             for row in rows:
                 ratio = "" if row.ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(*row.ratio)
                 peak = "" if row.of_peak is None else f"{row.of_peak:.0%}"
-                decibels = "" if row.decibels is None else f"{row.decibels:.1f}"
+                decibels = "" if row.decibels is None else f"{row.decibels:.1f} ({row.decibels_8bit:.1f})"
                 method = row.facts.get("method", "") or row.facts.get("note", "")
                 lines.append(
                     f"| {row.name} | {row.mpx_per_second:.4f} | {ratio} | {peak} | {decibels} | {method} |"
@@ -129,8 +135,8 @@ class Benchmark:
         """All of it as JSON types; an infinite PSNR (identical results) is null."""
         made = asdict(self) | {"advice": self.advice()}
         for row in (row for rows in made["tables"].values() for row in rows):
-            if row["decibels"] == math.inf:
-                row["decibels"] = None
+            for key in ("decibels", "decibels_8bit"):
+                row[key] = None if row[key] == math.inf else row[key]
         return made
 
     def write(self, folder: Path) -> list[Path]:
@@ -150,29 +156,39 @@ class Benchmark:
     def _draw(self, path: Path) -> None:
         from matplotlib import pyplot
 
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5))
-        names = list(dict.fromkeys(row.name for rows in self.tables.values() for row in rows))
-        for name in names:
-            points = [
-                (row.case["height"] * row.case["width"] / 1e6, row.mpx_per_second)
-                for rows in self.tables.values()
-                for row in rows
-                if row.name == name
-            ]
-            left.plot(*zip(*points, strict=True), marker="o", label=name)
-        left.set(xscale="log", xlabel="Mpx of input", ylabel="Mpx of input per second", ylim=(0, None))
-        left.legend(fontsize=7)
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6))
+        rows = list(self.tables.values())[-1]
+        names = list(dict.fromkeys(row.name for table in self.tables.values() for row in table))
+        shades = pyplot.get_cmap("tab20")
+        colours = {name: shades(i % shades.N) for i, name in enumerate(names)}
+        if len(self.tables) == 1:
+            for row in rows:
+                spread = [abs(q - row.mpx_per_second) for q in row.spread]
+                left.barh(row.name, row.mpx_per_second, color=colours[row.name], xerr=[[s] for s in spread])
+            left.invert_yaxis()
+            left.set(xlabel=f"Mpx of input per second, {next(iter(self.tables))}")
+        else:
+            for name in names:
+                points = [
+                    (row.case["height"] * row.case["width"] / 1e6, row.mpx_per_second)
+                    for table in self.tables.values()
+                    for row in table
+                    if row.name == name
+                ]
+                left.plot(*zip(*points, strict=True), marker="o", color=colours[name], label=name)
+            left.set(xscale="log", xlabel="Mpx of input", ylabel="Mpx of input per second", ylim=(0, None))
+            left.legend(fontsize=7)
         bandwidth = self.ceilings.get("copy of memory")
         intensities = np.logspace(-1, 3, 100)
         for name, peak in self.ceilings.items():
             if bandwidth and name != "copy of memory":
                 roof = np.minimum(peak, intensities * bandwidth) / 1e9
                 right.plot(intensities, roof, linestyle="--", label=name)
-        for row in list(self.tables.values())[-1]:
+        for row in rows:
             work = row.facts.get("operations_per_pixel")
             if work:
-                x = work / row.facts["bytes_per_pixel"]
-                right.plot([x], [row.mpx_per_second * work / 1e3], "o", label=row.name)
+                x, y = work / row.facts["bytes_per_pixel"], row.mpx_per_second * work / 1e3
+                right.plot([x], [y], "o", color=colours[row.name], label=row.name)
         right.set(xscale="log", yscale="log", xlabel="operations per byte, without caches", ylabel="GFLOP/s")
         right.legend(fontsize=7)
         figure.tight_layout()
@@ -192,6 +208,7 @@ class _Worker:
         self.result = folder / "result.npy"
         command = [
             sys.executable,
+            "-P",
             "-m",
             "anysize.bench_worker",
             json.dumps(case | {"result": str(self.result)}),
@@ -231,10 +248,15 @@ class _Worker:
 
 
 class _Workers:
-    """All cases of one size, alive at once."""
+    """All cases of one size, alive at once. `picture`: uint8 HWC, if theirs is not the usual one."""
 
-    def __init__(self) -> None:
+    def __init__(self, picture: Array | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="anysize-bench-")
+        self._common: dict[str, Any] = {}
+        if picture is not None:
+            path = Path(self._folder.name) / "picture.npy"
+            np.save(path, picture)
+            self._common["picture"] = str(path)
         self.ready: dict[str, _Worker] = {}
         self.left_out: dict[str, str] = {}
 
@@ -242,7 +264,7 @@ class _Workers:
         """Make a case ready; one that cannot be is noted in `left_out`."""
         folder = Path(self._folder.name) / str(len(self.ready) + len(self.left_out))
         folder.mkdir()
-        worker = self.ready[name] = _Worker(case, folder)
+        worker = self.ready[name] = _Worker(case | self._common, folder)
         try:
             worker.ready()
         except (AnysizeError, OSError, ValueError) as error:
@@ -267,6 +289,7 @@ class _Workers:
 def bench(
     model: str = "default",
     *,
+    picture: Any = None,
     ncnn: str | None = None,
     backends: Sequence[str] | None = None,
     sizes: Sequence[tuple[int, int]] = (),
@@ -276,15 +299,18 @@ def bench(
     quick: bool = False,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Benchmark:
-    """Measure. `sizes`: (width, height) of the pictures; none: one that takes about a second. `ncnn`: the
-    same model as a .param file, for ncnn as a peer. `backends`: the engines to run it on (None: all that are
-    installed); the common case is there in any case. `methods`, `threads`: as `Tiling` and `Options` take
+    """Measure. `picture`: what is upscaled, an HW or HWC array (uint8, uint16, or float in 0..1) or a PIL
+    image, made 8-bit RGB; none: one with waves at all scales and noise. `sizes`: (width, height), of the
+    middle of the picture, mirrored onward where it is smaller; none: one that takes about a second. `ncnn`:
+    the same model as a .param file, for ncnn as a peer. `backends`: the engines to run it on (None: all that
+    are installed); the common case is there in any case. `methods`, `threads`: as `Tiling` and `Options` take
     them, for the cases that are ours.
 
     Ours are tuned first (`anysize.tuning`), which `quick` leaves out: that is three rounds at most, ended
-    early after a hundred seconds. int8 is calibrated on the picture itself. `say` is told what is going on.
-    Raises `OptionError`, `ExecutionError` where no case runs.
+    early after a hundred seconds. int8 is calibrated on the picture. `say` is told what is going on.
+    Raises `ImageError`, `OptionError`, `ExecutionError` where no case runs.
     """
+    given = None if picture is None else _as_rgb(picture)
     for method in methods:
         Tiling(method)  # type: ignore[arg-type]  # which checks it
     for count in threads:
@@ -310,7 +336,7 @@ def bench(
     sizes = list(sizes) or [_size(model, engines, left_out)]
     tables = {}
     for width, height in sizes:
-        with _Workers() as workers:
+        with _Workers(given) as workers:
             ours = [
                 {"method": method, "threads": count, "tune": not quick}
                 for method in methods
@@ -333,6 +359,13 @@ def bench(
     }
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return Benchmark(command, machine, model, ceilings, tables, left_out)
+
+
+def _as_rgb(picture: Any) -> Array:
+    """Any picture as uint8 HWC of 3 channels."""
+    colours, _ = split(open_picture(picture).array)
+    planes = np.broadcast_to(colours, (3, *colours.shape[1:]))
+    return np.ascontiguousarray(quantise(planes, np.dtype(np.uint8)).transpose(1, 2, 0))
 
 
 def _cases(
@@ -421,7 +454,7 @@ def _measure(
             except (AnysizeError, OSError, ValueError) as error:
                 workers.drop(name, error)
                 del rows[name]
-    pictures = {name: np.load(w.result) for name, w in workers.ready.items() if w.result.exists()}
+    pictures = {n: np.load(w.result, "r") for n, w in workers.ready.items() if w.result.exists()}
     reference = next(
         (pictures[n] for n, r in rows.items() if n in pictures and r.case["precision"] == "f32"), None
     )
@@ -429,7 +462,8 @@ def _measure(
     for name, row in rows.items():
         pixels = row.facts.get("pixels", row.case["height"] * row.case["width"])
         speeds = pixels / 1e6 / np.array(row.seconds)
-        row.mpx_per_second = float(np.median(speeds))
+        row.mpx_per_second, *spread = (float(q) for q in np.quantile(speeds, (0.5, 0.1, 0.9)))
+        row.spread = spread[0], spread[1]
         if COMMON in rows:
             common = rows[COMMON]
             pixels = common.case["height"] * common.case["width"]
@@ -447,6 +481,7 @@ def _measure(
             row.facts["note"] = f"its result is of {picture.shape}, not {reference.shape}: another model"
         else:
             row.decibels = _decibels(picture, reference)
+            row.decibels_8bit = _decibels(_rounded(picture), _rounded(reference))
     return list(rows.values())
 
 
@@ -462,5 +497,10 @@ def _is_slow(rows: dict[str, Row], name: str) -> bool:
 
 
 def _decibels(got: Array, want: Array) -> float:
-    square = float(np.square(got.astype(np.float64) - want).mean())
-    return float(10 * np.log10(255**2 / square)) if square else math.inf
+    square = float(np.square(got - want).mean(dtype=np.float64))
+    return float(-10 * np.log10(square)) if square else math.inf
+
+
+def _rounded(values: Array) -> Array:
+    rounded: Array = np.rint(values * np.float32(255)) / np.float32(255)
+    return rounded

@@ -20,16 +20,18 @@ from anysize.backends.base import Array
 Case = dict[str, Any]
 #: runs once; returns the picture, where there is one
 Run = Callable[[], Array | None]
-#: made ready by a case: how to run it, and what there is to say about it
+#: made ready by a case: how to run it, and what there is to say about it; "picture" is its result, HWC,
+#: float in 0..1, before it is rounded to bytes
 Ready = tuple[Run, dict[str, Any]]
 
 RAW_TILE = 128
 _TILE_PAD = 10
+_LEAST_CALIBRATED = 256
 _MATRIX, _COPIED = 2048, 2**28
 
 
 def picture(height: int, width: int) -> Array:
-    """What all cases upscale: waves at all scales and some noise, uint8 HWC."""
+    """What is upscaled where no picture is given: waves at all scales and some noise, uint8 HWC."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     total = rng.normal(0, 0.1, (height, width, 3)).astype(np.float32)
@@ -39,22 +41,44 @@ def picture(height: int, width: int) -> Array:
     return np.clip(total * 40 + 128, 0, 255).astype(np.uint8)
 
 
+def _pixels(case: Case, height: int | None = None, width: int | None = None) -> Array:
+    """The picture of a case, or one of another size: the middle of the file it names, mirrored onward where
+    that is too small.
+    """
+    height, width = height or case["height"], width or case["width"]
+    if case.get("picture") is None:
+        return picture(height, width)
+    given: Array = np.load(case["picture"])
+    beyond = [(0, max(0, want - has)) for want, has in zip((height, width), given.shape[:2], strict=True)]
+    padded = np.pad(given, [*beyond, (0, 0)], "symmetric")
+    top, left = (padded.shape[0] - height) // 2, (padded.shape[1] - width) // 2
+    return np.ascontiguousarray(padded[top : top + height, left : left + width])
+
+
+def _calibration(case: Case) -> tuple[Array, ...]:
+    """int8 is calibrated on the picture itself, or on more of it where it is small."""
+    if case["precision"] != "int8":
+        return ()
+    return (_pixels(case, *(max(case[side], _LEAST_CALIBRATED) for side in ("height", "width"))),)
+
+
 def upscaler(case: Case) -> Ready:
     """A picture in bytes to a picture in bytes, as `anysize upscale` does between its files."""
+    from anysize.pixels import to_float
     from anysize.session import Options
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler
 
-    pixels = picture(case["height"], case["width"])
+    pixels = _pixels(case)
     upscale = Upscaler(
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
         tiling=Tiling(case["method"]),
-        options=Options(threads=case["threads"], tune=case["tune"], calibration=(pixels,)),
+        options=Options(threads=case["threads"], tune=case["tune"], calibration=_calibration(case)),
     )
-    upscale(pixels)  # makes the programs
-    result = upscale(pixels)
+    result = upscale(to_float(pixels))  # makes the programs
+    upscale(pixels)
     report = upscale.report
     assert report is not None
     facts = {name: getattr(report, name) for name in ("method", "reason", "tile", "streams")}
@@ -70,9 +94,9 @@ def raw(case: Case) -> Ready:
         case["model"],
         backend=case["backend"],
         precision=case["precision"],
-        options=Options(shapes="static", calibration=(picture(case["height"], case["width"]),)),
+        options=Options(shapes="static", calibration=_calibration(case)),
     )
-    tile = picture(RAW_TILE, RAW_TILE).transpose(2, 0, 1)[None].astype(np.float32) / 255
+    tile = _pixels(case, RAW_TILE, RAW_TILE).transpose(2, 0, 1)[None].astype(np.float32) / 255
     times = max(1, round(case["height"] * case["width"] / RAW_TILE**2))
 
     def run() -> None:
@@ -90,9 +114,9 @@ def raw(case: Case) -> Ready:
 
 def _looped(case: Case, infer: Callable[[Array], Array]) -> Ready:
     """The loop that upscalers commonly run: tiles with a fixed overlap, pasted into a picture of floats."""
-    pixels, tile = picture(case["height"], case["width"]), case["tile"]
+    pixels, tile = _pixels(case), case["tile"]
 
-    def run() -> Array:
+    def floats() -> Array:
         x = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 255
         height, width = x.shape[2:]
         scale, result = 0, np.empty(0)
@@ -108,10 +132,14 @@ def _looped(case: Case, infer: Callable[[Array], Array]) -> Ready:
                 inner = y[:, :, (top - first) * scale :, (left - begin) * scale :]
                 rows, columns = slice(top * scale, bottom * scale), slice(left * scale, right * scale)
                 result[:, :, rows, columns] = inner[:, :, : (bottom - top) * scale, : (right - left) * scale]
-        rounded: Array = (result[0].clip(0, 1) * 255).round().astype(np.uint8)
-        return rounded.transpose(1, 2, 0)
+        clipped: Array = result[0].clip(0, 1).transpose(1, 2, 0)
+        return clipped
 
-    return run, {"picture": run()}
+    def run() -> Array:
+        rounded: Array = (floats() * 255).round().astype(np.uint8)
+        return rounded
+
+    return run, {"picture": floats()}
 
 
 def engine_loop(case: Case) -> Ready:

@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,7 +168,7 @@ def upscale(
 
 
 def _interrupt(cancel: threading.Event) -> None:
-    """Stop before the next tile; a second time at once."""
+    """Stop before the next tile; a second time at once, but for the tiles that run beside this thread."""
     if cancel.is_set():
         raise KeyboardInterrupt
     cancel.set()
@@ -200,7 +200,7 @@ def _make_folder(folder: Path) -> list[Path]:
 def _remove_empty(folders: list[Path]) -> None:
     """Those that hold a result stay. `folders`: deepest first."""
     for folder in folders:
-        if not any(folder.iterdir()):
+        with suppress(OSError):  # it holds something, or somebody has removed it
             folder.rmdir()
 
 
@@ -220,9 +220,10 @@ def _summary(report: Any, asked: str) -> str:
     how += (
         ", exact" if report.exact else f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
     )
+    why = f" ({report.precision_reason})" if report.precision_reason else ""
     return (
         f"{report.input} -> {report.output}: {report.width} x {report.height} (x{report.scale:g}), "
-        f"{report.backend} {report.precision} on {report.device}, {how}, {report.seconds:.2f} s"
+        f"{report.backend} {report.precision} on {report.device}, {how}, {report.seconds:.2f} s{why}"
     )
 
 
@@ -231,6 +232,9 @@ def bench(
     model: Model = "default",
     size: Annotated[
         list[str] | None, typer.Option(help="WIDTHxHEIGHT of the picture; may be given several times.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Its middle is upscaled, or more, mirrored, if --size is larger.")
     ] = None,
     ncnn: Annotated[str | None, typer.Option(help="The same model as a .param file, as a peer.")] = None,
     backends: Annotated[str | None, typer.Option("--backends", help="Names, separated by commas.")] = None,
@@ -244,12 +248,15 @@ def bench(
 ) -> int:
     """Measure engines and precisions on this machine, beside what is commonly done; say what to use."""
     from anysize.bench import bench as measure
+    from anysize.files import read_picture
 
     sizes = [_size(text) for text in size or ()]
-    _make_folder(output)
-    with err.status("bench") as status:
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, _make_folder(output))
+        status = stack.enter_context(err.status("bench"))
         result = measure(
             model,
+            picture=read_picture(picture).array if picture else None,
             ncnn=ncnn,
             backends=_names(backends),
             sizes=sizes,
@@ -259,11 +266,11 @@ def bench(
             quick=quick,
             say=status.update,
         )
+        made = result.write(output)
     if as_json:
         print(json.dumps(result.to_dict()))  # noqa: T201
     else:
         out.print(result.markdown(), markup=False, highlight=False, soft_wrap=True)
-    made = result.write(output)
     if not as_json:
         out.print(f"written: {', '.join(map(str, made))}", markup=False, highlight=False, soft_wrap=True)
     return OK
@@ -284,14 +291,15 @@ def _size(text: str) -> tuple[int, int]:
 def tune(
     model: Model = "default",
     backend: BackendName = "auto",
-    precision: Precision = "f32",
+    precision: Annotated[str, typer.Option(help="f32 or bf16.")] = "f32",
     device: Annotated[str, typer.Option(help="cpu, or another that the engine has.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Measure on this machine what runs a model fastest, and keep it for all later runs; below 20 seconds."""
+    """Measure on this machine what runs a model fastest, and keep it for all later runs; about 20 seconds."""
     from anysize.session import Options, load
+    from anysize.tuning import is_kept
     from anysize.tuning import tune as measure
 
     if precision not in ("f32", "bf16"):
@@ -303,7 +311,7 @@ def tune(
         ) as session,
     ):
         tuned = measure(session, status.update)
-        engine = session.backend
+        engine, kept = session.backend, is_kept(session)
     if as_json:
         print(tuned.to_json())  # noqa: T201
         return OK
@@ -313,6 +321,7 @@ def tune(
     for s in sorted(tuned.speeds, key=lambda s: -s.per_second):
         table.add_row(s.method, str(s.streams), str(s.pixels), f"{s.per_second / 1e6:.4f}")
     out.print(table)
+    out.print("later runs go by it" if kept else "not kept: there is no cache (ANYSIZE_CACHE_DIR is empty)")
     return OK
 
 
@@ -360,7 +369,7 @@ def parity(
     model: Annotated[str, typer.Argument(help="A model file or the name of a bundled model.")],
     backends: Annotated[str | None, typer.Option("--backends", help="Names, separated by commas.")] = None,
     sizes: Annotated[str | None, typer.Option(help="HxW, separated by commas.")] = None,
-    precision: Precision = "f32",
+    precision: Annotated[str, typer.Option(help="f32 or bf16.")] = "f32",
     atol: Annotated[float, typer.Option(help="Allowed max|d|, times max(1, max|reference|).")] = 1e-4,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -117,6 +117,8 @@ def _head(path: Path) -> bytes:
         raise ImageError(f"{path}: not a file") from None
     except OSError as error:
         raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a null byte
+        raise ImageError(f"{str(path)!r}: no name of a file") from error
     if not head:
         raise ImageError(f"{path}: the file is empty")
     return head

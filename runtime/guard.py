@@ -63,9 +63,9 @@ class _Program:
 class ShapeGuard:
     """Programs of one model on one backend, at most `max_live` at a time, least recently used out first.
 
-    Weights, precision, options and engine version are fixed for a guard's life, so shapes alone key its
-    programs. `strategy` "static" compiles per distinct shape, "dynamic" has one program for all, "auto" is
-    static while few shapes are alive on engines that gain from it.
+    Weights, precision, options and engine version are fixed for a guard's life, so shapes and the number of
+    runs at the same time key its programs. `strategy` "static" compiles per distinct shape, "dynamic" has one
+    program for all, "auto" is static while few shapes are alive on engines that gain from it.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ShapeGuard:
             raise OptionError(f"max_live must be at least 1, not {max_live}")
         backend.check(options)
         self.backend, self.model, self.spec, self.options = backend, model, model.spec, options
-        self._strategy, self.max_live = strategy, max_live
+        self.strategy, self.max_live = strategy, max_live
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
         self._asked: OrderedDict[Key, int] = OrderedDict()
         self._lock = threading.Lock()
@@ -165,9 +165,9 @@ class ShapeGuard:
     def _choose(self, key: Key) -> Key:
         """Under the lock: the key of the program that shall serve this shape."""
         open_key = (None, key[1])
-        if self._strategy == "dynamic" or (self._strategy == "auto" and not self.backend.prefers_static):
+        if self.strategy == "dynamic" or (self.strategy == "auto" and not self.backend.prefers_static):
             return open_key
-        if self._strategy == "static" or key in self._programs:
+        if self.strategy == "static" or key in self._programs:
             return key
         if len(self._programs) < self.max_live:
             return key

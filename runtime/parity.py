@@ -88,8 +88,11 @@ def compare(
 
     The reference is eager PyTorch in f32 where it takes the source, else ONNX Runtime, else OpenVINO.
     `backends`: names, by default all installed that take the source. `sizes`: by default those that an
-    export is verified at. Inputs are seeded noise in the contract's value range.
+    export is verified at. `precision`: "f32" or "bf16". Inputs are seeded noise in the contract's value
+    range. Raises what `load` raises.
     """
+    if precision not in ("f32", "bf16"):
+        raise OptionError(f"parity compares engines in f32 or bf16, not in {precision}")
     wanted = list(backends) if backends is not None else available_backends()
     if not wanted:
         raise OptionError("no backend to compare")

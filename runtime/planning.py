@@ -254,7 +254,9 @@ class _Planner:
                 "the memory this model takes cannot be told in advance: convert it to a .onnx file of one "
                 "piece, or set no limit"
             )
-        cost = _HELD * alive * streams + _ENGINE
+        pixels = height * width * (self.spec.scale or 1) ** 2
+        waiting = (streams + 1) * 4 * (self.spec.channels or 3) * pixels if streams > 1 else 0
+        cost = _HELD * alive * streams + waiting + _ENGINE
         return cost if cost > self.spare else 0
 
     def _tiled(self, inputs: Inputs) -> Plan:
@@ -262,8 +264,9 @@ class _Planner:
             return self._checked(self._grid(self.tiling.tile or 256, self.tiling.overlap), inputs)
         if self.spec.radius is None or not self.spec.tileable:
             raise OptionError(
-                "this model has no known receptive radius (it looks at the whole picture), so exact tiles "
-                "are impossible; use method 'whole', or insist with an overlap in pixels"
+                "this model has no known receptive radius (it looks at the whole picture, or its file does "
+                "not tell), so exact tiles are impossible; use method 'whole', or insist with an overlap in "
+                "pixels"
             )
         radius = self.spec.radius
         if self.tiling.method == "tile" or self.tiling.tile is not None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anysize.backends import Backend
 from anysize.backends.base import Array, Feeds
-from anysize.backends.errors import ExecutionError, IntegrityError, OptionError, ShapeError
+from anysize.backends.errors import ExecutionError, ImageError, IntegrityError, OptionError, ShapeError
 from anysize.backends.spec import ModelSpec
 from anysize.exporters.exporting import random_feeds, sizes_near
-from anysize.exporters.quantizing import quantize
+from anysize.exporters.quantizing import check_installed, quantize
 from anysize.exporters.radius import image_step
-from anysize.files import pictures_in, read_picture
+from anysize.files import open_picture_file, pictures_in, read_picture
 from anysize.guard import ShapeGuard
 from anysize.pixels import open_picture, split
 from anysize.session import LIVE, Options, Session, load, tuned
@@ -27,8 +28,11 @@ from anysize.tiling import round_up
 LEAST_DB = 50.0
 #: int8 is taken only above this: at 35 dB the root of the mean square difference is 4.5/255
 LEAST_INT8_DB = 35.0
-#: crops of the calibration pictures: so many to calibrate on, so many others to judge by, of about this side
+#: crops of the calibration pictures: so many to calibrate on, so many to judge by, of about this side
 CALIBRATING, JUDGING, CROP = 32, 16, 64
+#: the values of calibration pictures reach over this part of what a picture's may: int8 has no numbers for
+#: what lies far beyond, so that flat or dark pictures would judge it good which ruins others
+LEAST_CONTRAST = 0.5
 #: the probe: so many crops of about this side, those with the strongest edges
 CROPS, SIDE = 3, 96
 #: pictures with fewer pixels run in f32: the probe would cost more than bf16 gains
@@ -148,78 +152,108 @@ def busiest(picture: Iterable[Array], height: int, width: int, spec: ModelSpec) 
 
 
 def load_int8(source: Source, backend: str | Backend, options: Options) -> Session:
-    """The model in int8, calibrated on `options.calibration` and held against f32 on other crops of it.
+    """The model in int8, calibrated on `options.calibration` and held against f32 on other parts of it.
 
-    Raises what `load` and `quantize` raise; `OptionError` without pictures, on an engine without int8, and
-    with the figure where int8 is further from f32 than `LEAST_INT8_DB`.
+    Raises what `load`, `crops` and `quantize` raise; `OptionError` without pictures, on an engine without
+    int8, and with the figure where int8 is further from f32 than `LEAST_INT8_DB`.
     """
-    precise = load(source, backend=backend, options=replace(options, tune=False))
+    precise = load(source, backend=backend, options=replace(options, tune=False, calibration=()))
     first, *others = precise._guards
+    opened = [first]
     try:
         engine_options = replace(first.options, precision="int8")
         first.backend.check(engine_options)
-        feeds = crops(options.calibration, first.spec)
+        check_installed()
+        calibrating, judging = crops(options.calibration, first.spec)
         cache = first.options.cache
-        digest = hashlib.sha256(b"".join(feed.tobytes() for feed in feeds[:CALIBRATING])).hexdigest()
+        digest = hashlib.sha256(b"".join(feed.tobytes() for feed in calibrating)).hexdigest()
         made_by = [f"{name} {version_of(name)}" for name in ("nncf", "onnx", "onnxruntime")]
         key = ("int8", first.model.digest or "", digest, *made_by)
         data = cache.get(*key) if cache is not None else None
         if data is None:
-            data = quantize(first.model, feeds[:CALIBRATING])
+            data = quantize(first.model, calibrating)
             if cache is not None:
                 cache.put(data, *key)
         model = replace(first.model, data=data)
         guard = ShapeGuard(first.backend, model, engine_options, options.shapes, options.max_live or LIVE)
+        opened.append(guard)
         name = first.spec.inputs[0].name
-        alone = Session([guard])
-        worst = min(decibels(precise, alone, {name: feed}) for feed in feeds[CALIBRATING:])
+        worst = min(decibels(precise, Session([guard]), {name: feed}) for feed in judging)
         reason = f"int8 is {worst:.1f} dB from f32 on crops of the calibration pictures"
         if worst < LEAST_INT8_DB:
-            alone.close()
             raise OptionError(f"{reason}, and at least {LEAST_INT8_DB:g} dB are asked for")
         session = tuned(Session([guard, *others], precise.stats.fallbacks, reason), options)
     except BaseException:
-        precise.close()
+        for guard in [*opened, *others]:
+            guard.close()
         raise
     first.close()
     return session
 
 
-def crops(pictures: Iterable[Any], spec: ModelSpec) -> list[Array]:
-    """Inputs cut out of pictures (files, folders of them, or what `Upscaler` takes).
+def crops(pictures: Sequence[Any], spec: ModelSpec) -> tuple[list[Array], list[Array]]:
+    """Inputs cut out of pictures (files, folders of them, or what `Upscaler` takes): to calibrate, to judge.
 
-    `CALIBRATING` and then `JUDGING` of them, in turns from all pictures, at places that are random but the
-    same each time.
+    `CALIBRATING` and `JUDGING` of them at most, from as many pictures, spread evenly over those given. The
+    longer side of each is cut in two, and one half calibrates, the other judges; places are random but the
+    same each time. Pictures too small for a crop from either half are left out.
 
-    Raises `ImageError`, and `OptionError` where all are too small or the model takes no picture.
+    Raises `ImageError`, and `OptionError` where all are too small, have too little contrast, or the model
+    takes no picture.
     """
     shape = spec.inputs[0].shape
     if len(spec.inputs) != 1 or len(shape) != 4 or spec.channels not in (1, 3):
         raise OptionError("int8 is calibrated on pictures, and this model does not take one picture")
-    rows, columns = spec.input_shapes(sizes_near(spec, CROP))[spec.inputs[0].name][2:]
-    planes: list[Array] = []
+    least = spec.input_shapes(sizes_near(spec, CROP))[spec.inputs[0].name][2:]
+    given: list[Any] = []
     for item in pictures:
-        is_path = isinstance(item, (str, os.PathLike))
-        for picture in pictures_in(item) if is_path else (item,):
-            array = read_picture(picture).array if is_path else open_picture(picture).array
-            colour = split(array)[0]
-            if colour.shape[1] >= rows and colour.shape[2] >= columns:
-                planes += (
-                    colour[:, None]
-                    if spec.channels == 1
-                    else [np.broadcast_to(colour, (3, *colour.shape[1:]))]
-                )
-    if not planes:
-        raise OptionError(
-            f"int8 needs calibration pictures of {columns} x {rows} pixels or more: none are given"
-        )
+        try:
+            given += pictures_in(item) if isinstance(item, (str, os.PathLike)) else [item]
+        except (OSError, ValueError) as error:  # no name a file can have
+            raise ImageError(f"{item!r}: {error}") from error
+    most = CALIBRATING + JUDGING
+    chosen = given if len(given) <= most else [given[i * len(given) // most] for i in range(most)]
+    chosen = [item for item in chosen if _has_room(item, least)]
     rng = np.random.default_rng(0)
+    found: tuple[list[Array], list[Array]] = ([], [])
+    for item in chosen:
+        array = read_picture(item).array if isinstance(item, Path) else open_picture(item).array
+        halves = np.array_split(array, 2, int(array.shape[1] > array.shape[0]))
+        for half, parts, wanted in zip(halves, found, (CALIBRATING, JUDGING), strict=True):
+            parts += (_crop(half, least, spec, rng) for _ in range(-(-wanted // len(chosen))))
+    if not chosen:
+        what = "all of these are smaller" if given else "none are given"
+        side = max(least)
+        raise OptionError(f"int8 needs calibration pictures, of {2 * side} x {side} pixels or more: {what}")
     low, high = spec.value_range
-    found = []
-    for i in range(CALIBRATING + JUDGING):
-        plane = planes[i % len(planes)]
-        top = int(rng.integers(plane.shape[1] - rows + 1))
-        left = int(rng.integers(plane.shape[2] - columns + 1))
-        part = plane[:, top : top + rows, left : left + columns]
-        found.append(np.ascontiguousarray(part[None] * np.float32(high - low) + np.float32(low)))
-    return found
+    darkest, brightest = (edge(part) for edge, part in ((np.min, found[0]), (np.max, found[0])))
+    if brightest - darkest < LEAST_CONTRAST * (high - low):
+        raise OptionError(
+            f"the calibration pictures reach from {darkest:.2g} to {brightest:.2g} of {low:g} to {high:g}, "
+            "and int8 would ruin pictures with more contrast"
+        )
+    for parts in found:
+        rng.shuffle(parts)  # so that none of the pictures is left out at the end
+    return found[0][:CALIBRATING], found[1][:JUDGING]
+
+
+def _has_room(item: Any, least: tuple[int, ...]) -> bool:
+    """Whether each half of a picture holds a crop, whichever way it is turned."""
+    if isinstance(item, Path):
+        image = open_picture_file(item)
+        short, long = sorted((image.height, image.width))
+    else:
+        short, long = sorted(open_picture(item).array.shape[:2])
+    return bool(short >= max(least) and long // 2 >= max(least))
+
+
+def _crop(pixels: Array, size: tuple[int, ...], spec: ModelSpec, rng: np.random.Generator) -> Array:
+    """A random place of (H, W, C) pixels as the model's input, (1, C', *size); one colour for C' 1."""
+    top, left = (int(rng.integers(pixels.shape[i] - size[i] + 1)) for i in (0, 1))
+    planes = split(pixels[top : top + size[0], left : left + size[1]])[0]
+    if spec.channels == 1:
+        planes = planes[rng.integers(len(planes))][None]
+    low, high = spec.value_range
+    planes = np.broadcast_to(planes, (spec.channels or 3, *size))
+    made: Array = planes[None] * np.float32(high - low) + np.float32(low)
+    return made

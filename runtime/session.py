@@ -47,10 +47,11 @@ class Options:
     `device`: "cpu", or "cuda" (torch), or a device OpenVINO lists. `threads`: of the engine (None: its
     default). `streams`: strips or tiles of a picture that run at the same time, each on its share of the
     threads (None: what `anysize tune` found, else 1). `max_live`: programs kept at once (None: what it found,
-    else 4). `tune`: measure first, for less than 20 seconds, where that was not done before. `shapes`:
-    "static" compiles per shape, "dynamic" one program for all, "auto" static while few are alive. `fallback`:
-    tried in order when the engine fails or returns something wrong, as "backend" or "backend:precision"; none
-    unless given, and each use is counted in `Session.stats.fallbacks` and logged.
+    else 4). `tune`: measure first, for about 20 seconds and in each precision, where that was not done before
+    and can be; where it cannot, that is logged. `shapes`: "static" compiles per shape, "dynamic" one program
+    for all, "auto" static while few are alive. `fallback`: tried in order when the engine fails or returns
+    something wrong, as "backend" or "backend:precision"; none unless given, and each use is counted in
+    `Session.stats.fallbacks` and logged.
     `cache_dir`: a folder for converted weights and compiled programs, so that the next start is quick; None:
     the environment's `ANYSIZE_CACHE_DIR`, or else the user's cache folder; "": no cache. `calibration`: for
     precision "int8", pictures of the kind that will come: files, folders, arrays or PIL images.
@@ -68,9 +69,10 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, most in (("threads", 4096), ("streams", 4096), ("max_live", None)):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and 1 <= value <= (most or value)):
-                raise OptionError(f"{name} must be at least 1 and a whole number, not {value!r}")
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), most)
+        if not isinstance(self.tune, bool):
+            raise OptionError(f"tune must be True or False, not {self.tune!r}")
         if not isinstance(self.device, str):
             raise OptionError(f"device must be a name, not {self.device!r}")
         if not isinstance(self.fallback, (tuple, list)) or not all(isinstance(f, str) for f in self.fallback):
@@ -97,6 +99,12 @@ class Options:
 
             folder = user_cache_dir("anysize", appauthor=False)
         return Cache(Path(folder).absolute(), _code()) if os.fspath(folder) else None
+
+
+def whole_number(name: str, value: object, most: int | None = None) -> None:
+    """Raise `OptionError` for what is not a whole number from 1 to `most`."""
+    if not (type(value) is int and 1 <= value <= (most or value)):
+        raise OptionError(f"{name} must be at least 1 and a whole number, not {value!r}")
 
 
 @cache
@@ -131,6 +139,8 @@ def load(
     Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`.
     """
     settings = as_options(options)
+    if settings.calibration and precision != "int8":
+        raise OptionError(f"calibration pictures are for precision int8, not for {precision}")
     if precision == "auto":
         from anysize.precision import Precisions, noise
 
@@ -183,11 +193,18 @@ def tuned(session: Session, settings: Options) -> Session:
     from anysize.tuning import known, tune
 
     guard = session._guards[0]
-    if (settings.streams or 1) > 1 and not guard.backend.has_streams:
-        raise OptionError(f"{guard.backend.name} does one run at a time; leave streams at 1")
-    session.streams, session.tuned = settings.streams, known(session)
-    if session.tuned is None and settings.tune:
-        tune(session)
+    try:
+        if (settings.streams or 1) > 1 and not guard.backend.has_streams:
+            raise OptionError(f"{guard.backend.name} does one run at a time; leave streams at 1")
+        session.streams, session.tuned = settings.streams, known(session)
+        if session.tuned is None and settings.tune:
+            try:
+                tune(session)
+            except AnysizeError as error:  # which the caller's own runs meet too, and their fallbacks heal
+                log.warning("not tuned: %s", error)
+    except BaseException:
+        session.close()
+        raise
     if session.tuned is not None and settings.max_live is None:
         guard.max_live = session.tuned.max_live
     return session
@@ -267,13 +284,15 @@ class Session:
         """
         if not isinstance(feeds, Mapping):
             raise OptionError(f"feeds are arrays by input name, not {type(feeds).__name__}")
+        whole_number("streams", streams, 4096)
         arrays = {name: _array(name, value) for name, value in feeds.items()}
         for tensor in self.spec.inputs:
             if tensor.name in arrays:
                 arrays[tensor.name] = _cast(arrays[tensor.name], tensor)
         for guard, following in zip(self._guards, [*self._guards[1:], None], strict=True):
             try:
-                outputs = guard.run(arrays, finite=finite, streams=streams)
+                at_once = streams if guard.backend.has_streams else 1
+                outputs = guard.run(arrays, finite=finite, streams=at_once)
                 _ran.get(WeakSet()).add(guard)
                 return outputs
             except (ExecutionError, IntegrityError) as error:
@@ -288,6 +307,12 @@ class Session:
             _ran.set(WeakSet())
         used = _ran.get(WeakSet())
         return [guard.stats() for guard in self._guards if guard in used]
+
+    def alone(self) -> Session:
+        """The first engine with programs of its own, and no fallbacks."""
+        first = self._guards[0]
+        guard = ShapeGuard(first.backend, first.model, first.options, first.strategy, LIVE)
+        return Session([guard])
 
     def bands(self) -> BandRunner:
         """The model in bands, on the first engine. Raises `NotStreamable`, `BackendUnavailableError`."""

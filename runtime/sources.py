@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from anysize.backends import (
     Model,
     ModelSpec,
     available_backends,
+    describe_backends,
     get_backend,
     known_backends,
 )
@@ -71,9 +73,9 @@ def source_format(source: Source) -> str:
     return GRAPHS.get(path.suffix.lower(), "module")
 
 
-def _takes(backend: Backend, form: str) -> bool:
+def _takes(formats: Collection[str], form: str) -> bool:
     """Directly, or for modules and bundled models by way of an ONNX file."""
-    return form in backend.formats or (form in ("module", "bundled") and "onnx" in backend.formats)
+    return form in formats or (form in ("module", "bundled") and "onnx" in formats)
 
 
 def choose_backend(source: Source, backend: str | Backend) -> Backend:
@@ -90,8 +92,9 @@ def choose_backend(source: Source, backend: str | Backend) -> Backend:
             lines = " or ".join(f'pip install "anysize[{name}]"' for name in wanted)
             raise BackendUnavailableError(f"no installed engine takes this model; {lines}")
         chosen = chosen_or_none
-    if not _takes(chosen, form) and not (form == "bundled" and "module" in chosen.formats):
-        takers = [n for n in known_backends() if n != chosen.name]
+    if not _takes(chosen.formats, form) and not (form == "bundled" and "module" in chosen.formats):
+        others = [info for info in describe_backends() if info.name != chosen.name]
+        takers = [i.name for i in others if i.problem is not None or _takes(i.formats, form)]
         raise ModelLoadError(
             f"backend '{chosen.name}' takes {', '.join(chosen.formats)}, not {form} ({source}); "
             f"try {' or '.join(takers)}"
@@ -106,7 +109,7 @@ def _fastest(form: str) -> Backend | None:
         except BackendUnavailableError:
             continue
         direct = form in backend.formats or form == "bundled"
-        if direct or (_takes(backend, form) and _can_export()):
+        if direct or (_takes(backend.formats, form) and _can_export()):
             return backend
     return None
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from anysize.backends.base import Array
@@ -146,11 +148,20 @@ class BandRun:
         started = time.perf_counter()
         strips = range(len(self._columns))
         if self._pool is None:
-            parts = [self._strip(band, pixels, strip) for strip in strips]
+            runs: list[Callable[[], Array]] = [partial(self._strip, band, pixels, s) for s in strips]
         else:
             futures = [self._pool.submit(self._strip, band, pixels, strip) for strip in strips]
             wait(futures)
-            parts = [future.result() for future in futures]
+            runs = [future.result for future in futures]
+        parts = []
+        for strip, run in enumerate(runs):
+            try:
+                parts.append(run())
+            except (ExecutionError, IntegrityError) as error:  # strips that wait for one program share it
+                column = self._columns[strip].start
+                window = pixels[None, :, :, column : column + self._extent]
+                error.tile, error.shape = (self._pushed, strip), {self._runner.input: window.shape}
+                raise
         self.engine_seconds += time.perf_counter() - started
         self._pushed += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
@@ -158,11 +169,7 @@ class BandRun:
     def _strip(self, band: Band, pixels: Array, strip: int) -> Array:
         column, scale = self._columns[strip], self._runner.scale
         window = np.ascontiguousarray(pixels[None, :, :, column.start : column.start + self._extent])
-        try:
-            result = self._run(band.part, strip, window)
-        except (ExecutionError, IntegrityError) as error:
-            error.tile, error.shape = (self._pushed, strip), {self._runner.input: window.shape}
-            raise
+        result = self._run(band.part, strip, window)
         left, right = ((edge - column.start) * scale for edge in (column.first, column.last))
         return result[0, :, :, left:right]
 
@@ -183,7 +190,7 @@ class BandRun:
     def close(self) -> None:
         """Let go of the programs."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
         for sequence in self._sequences:
             if sequence is not None:
                 sequence.close()

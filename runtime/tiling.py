@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -138,35 +139,35 @@ def run_grid(
     """
     scale = session.spec.scale
     assert scale is not None
-    seconds, waited = 0.0, deque[tuple[Span, Span, Future[tuple[Array, float]]]]()
+    seconds, waited = 0.0, deque[tuple[int, int, Future[tuple[Array, float]]]]()
 
     def run(i: int, j: int) -> tuple[Array, float]:
         if cancelled():
             raise Cancelled(f"cancelled before tile (row {i}, column {j})")
+        return run_window(session, planes, cut.shape, cut.rows[i], cut.columns[j], streams)
+
+    def store(i: int, j: int, done: Callable[[], tuple[Array, float]]) -> float:
         try:
-            return run_window(session, planes, cut.shape, cut.rows[i], cut.columns[j], streams)
-        except (ExecutionError, IntegrityError) as error:
+            result, seconds = done()
+        except (ExecutionError, IntegrityError) as error:  # tiles that wait for one program share it
             error.tile = (i, j)
             raise
-
-    def store(row: Span, column: Span, done: tuple[Array, float]) -> float:
-        put(row.first * scale, column.first * scale, done[0])
-        return done[1]
+        put(cut.rows[i].first * scale, cut.columns[j].first * scale, result)
+        return seconds
 
     places = [(i, j) for i in range(len(cut.rows)) for j in range(len(cut.columns))]
     if streams == 1:
-        return sum(store(cut.rows[i], cut.columns[j], run(i, j)) for i, j in places)
+        return sum(store(i, j, partial(run, i, j)) for i, j in places)
     with ThreadPoolExecutor(streams) as pool:
         try:
             for i, j in places:
-                future = pool.submit(copy_context().run, run, i, j)
-                waited.append((cut.rows[i], cut.columns[j], future))
+                waited.append((i, j, pool.submit(copy_context().run, run, i, j)))
                 if len(waited) > streams:
                     row, column, future = waited.popleft()
-                    seconds += store(row, column, future.result())
+                    seconds += store(row, column, future.result)
             while waited:
                 row, column, future = waited.popleft()
-                seconds += store(row, column, future.result())
+                seconds += store(row, column, future.result)
         finally:
             pool.shutdown(cancel_futures=True)
     return seconds / streams

@@ -6,6 +6,7 @@ what the halos of a picture's strips or tiles cost.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import statistics
@@ -23,7 +24,7 @@ from anysize.backends.spec import Dim
 from anysize.exporters.bands import ROWS
 from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.radius import image_step
-from anysize.guard import log
+from anysize.guard import Sequence, log
 
 if TYPE_CHECKING:
     from anysize.session import Session
@@ -38,12 +39,17 @@ _BANDS = (1.0, 2.0, 0.5)
 _TILES = (256, 640, 448)
 #: programs for pictures of this many pixels may take this part of the free memory
 _PROGRAM_PIXELS, _PART = 256 * 256, 0.1
-_LIVE = range(2, 17)
+_LIVE = range(2, 9)
+#: a case this much slower than the fastest so far is measured once and let go
+_SLOW = 0.75
 
 
 @dataclass(frozen=True)
 class Speed:
-    """`streams` bands or tiles of `pixels` each at the same time take in `per_second` pixels, with halos."""
+    """`streams` bands or tiles at the same time, of about `pixels` each, take in `per_second` pixels.
+
+    Pixels of halos count.
+    """
 
     method: str
     streams: int
@@ -85,24 +91,34 @@ def known(session: Session) -> Tuned | None:
     """What was measured before for this model on this engine and machine."""
     key, cache = _key(session), session._guards[0].options.cache
     data = cache.get(*key) if cache is not None and key else None
-    return None if data is None else Tuned.from_json(data.decode())
+    try:
+        return None if data is None else Tuned.from_json(data.decode())
+    except (KeyError, TypeError, ValueError):  # nothing of ours: not known
+        return None
+
+
+def is_kept(session: Session) -> bool:
+    """Whether there is a cache to keep what is measured in, and a way to know this model again."""
+    return session._guards[0].options.cache is not None and bool(_key(session))
 
 
 def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tuned:
-    """Measure, keep and return; the session goes by it from now on. Takes less than 20 seconds.
+    """Measure the session's first engine, keep and return; the session's pictures go by it from now on.
 
-    A model so slow that this is not enough for all is measured on what there is time for. Raises
-    `OptionError` for a model that is not picture in, picture out, and what a run raises.
+    Takes about 20 seconds: a model so slow that this is not enough for all is measured on what there is time
+    for. `max_live` counts for sessions that are loaded later. Raises `OptionError` for a model that is not
+    picture in, picture out, and what a run raises.
     """
     if session.spec.scale is None or not all(isinstance(s, Dim) for s in session.spec.inputs[0].shape[2:]):
         raise OptionError("only models of one picture of any size to one picture can be tuned")
     started = time.perf_counter()
-    live = _live(session)
-    try:
-        session.bands()
-        speeds = _measure(session, _Bands, _BANDS, started, say)
-    except (NotStreamable, BackendUnavailableError):
-        speeds = _measure(session, _Tiles, _TILES, started, say)
+    with session.alone() as alone:
+        live = _live(alone)
+        try:
+            alone.bands()
+            speeds = _measure(alone, _Bands, _BANDS, started, say)
+        except (NotStreamable, BackendUnavailableError):
+            speeds = _measure(alone, _Tiles, _TILES, started, say)
     tuned = Tuned(speeds, live)
     key, cache = _key(session), session._guards[0].options.cache
     if cache is not None and key:
@@ -116,8 +132,10 @@ def _key(session: Session) -> tuple[str, ...]:
     guard = session._guards[0]
     model = guard.model.digest or guard.spec.source_sha256
     options, backend = guard.options, guard.backend
-    asked = (options.precision, options.device, str(options.threads), str(cores()))
-    return ("tuned", model, backend.name, backend.version, *asked, processor()) if model else ()
+    asked = (options.precision, options.device, str(options.threads), str(cores()), guard.strategy)
+    measured_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    machine = (backend.name, backend.version, processor())
+    return ("tuned", measured_by, model, *machine, *asked) if model else ()
 
 
 def _live(session: Session) -> int:
@@ -151,8 +169,14 @@ class _Bands:
         feeds = random_feeds(guard.spec, {ROWS: rows, columns.name: width})
         states = {other: np.zeros_like(feeds[other]) for other in guard.model.states}
         self._window = {name: feeds[name]}
-        self._sequences = [guard.begin(self._window, states, streams) for _ in range(streams)]
         self.taken = streams * rows * width
+        self._sequences: list[Sequence] = []
+        try:
+            for _ in range(streams):
+                self._sequences.append(guard.begin(self._window, states, streams))
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, stream: int) -> None:
         self._sequences[stream].run(self._window)
@@ -189,7 +213,10 @@ def _measure(
     started: float,
     say: Callable[[str], Any],
 ) -> tuple[Speed, ...]:
-    """Cases in turns, for as long as there is time; those begin that are likely to be done in it."""
+    """Cases in turns, for as long as there is time; those begin that are likely to be done in it.
+
+    What is clearly slower than another does not take part in the turns, and holds no memory meanwhile.
+    """
     backend, threads = session._guards[0].backend, session._guards[0].options.threads or cores()
     counts = {1, 2, threads // 2, threads} if backend.has_streams and session.spec.radius is not None else {1}
     wanted = [(n, size) for size in sizes for n in sorted(counts) if 1 <= n <= threads]
@@ -197,8 +224,13 @@ def _measure(
     seconds: dict[tuple[int, float], list[float]] = {}
     slowest = 0.0  # seconds per pixel, of making a case ready and running it
 
+    dropped: dict[tuple[int, float], _Bands | _Tiles] = {}
+
     def left() -> float:
         return SECONDS - (time.perf_counter() - started)
+
+    def speed(key: tuple[int, float]) -> float:
+        return {**dropped, **cases}[key].taken / statistics.median(seconds[key])
 
     with ThreadPoolExecutor(max(counts)) as pool:
 
@@ -219,14 +251,16 @@ def _measure(
                 timed(case, n)
                 seconds[n, size] = [timed(case, n)]
                 slowest = max(slowest, (time.perf_counter() - begun) / case.taken)
+                best = max(speed(key) for key in cases)
+                for key in [key for key in cases if speed(key) < _SLOW * best]:
+                    dropped[key] = cases.pop(key)
+                    dropped[key].close()
             say("in turns")
-            while sum(times[-1] for times in seconds.values()) < left() and len(seconds) > 1:
+            while sum(seconds[key][-1] for key in cases) < left() and len(cases) > 1:
                 for key, case in cases.items():
                     seconds[key].append(timed(case, key[0]))
         finally:
             for case in cases.values():
                 case.close()
-    return tuple(
-        Speed(kind.method, n, case.pixels, case.taken / statistics.median(seconds[n, size]))
-        for (n, size), case in cases.items()
-    )
+    cases |= dropped
+    return tuple(Speed(kind.method, n, cases[n, s].pixels, speed((n, s))) for n, s in seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -76,6 +76,11 @@ class Upscaler:
         options: Options | None = None,
     ) -> None:
         self._precisions: Precisions | None = None
+        self.tiling = Tiling() if tiling is None else tiling
+        if not isinstance(self.tiling, Tiling):
+            raise OptionError(f"tiling must be a Tiling, not {tiling!r}")
+        if self.tiling.memory is not None and as_options(options).tune:
+            raise OptionError("tuning would not keep to the memory limit; run `anysize tune` once before")
         if isinstance(source, Session):
             self.session = source
         elif precision == "auto":
@@ -83,9 +88,6 @@ class Upscaler:
             self.session = self._precisions.precise
         else:
             self.session = load(source, backend=backend, precision=precision, options=options)
-        self.tiling = Tiling() if tiling is None else tiling
-        if not isinstance(self.tiling, Tiling):
-            raise OptionError(f"tiling must be a Tiling, not {tiling!r}")
         self.scale = _image_scale(self.session.spec)
         self._last = threading.local()
 
@@ -151,11 +153,12 @@ class Upscaler:
         *,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
-    ) -> Iterator[Array] | None:
+    ) -> Generator[Array, None, None] | None:
         """Upscale a picture as it is read: yields the result's rows, (rows, W*scale, C), from the top down.
 
-        None where it cannot be done in bands (`Upscaler` on the whole picture says why and does otherwise).
-        The report is there once all rows have been taken. Raises as a call does; nothing falls back.
+        Close it where not all rows are taken; the report is there once all have been. None where it cannot be
+        done in bands (`Upscaler` on the whole picture says why and does otherwise). Raises as a call does;
+        nothing falls back.
         """
         # what waits to be read, written or joined: a few bands
         held = 2**25
@@ -171,7 +174,7 @@ class Upscaler:
         work.plan = plan
         return self._streamed(work, started, why)
 
-    def _streamed(self, work: _Work, started: float, why: str | None) -> Iterator[Array]:
+    def _streamed(self, work: _Work, started: float, why: str | None) -> Generator[Array, None, None]:
         before = self._begin(work.session)
         for _, band in work.stream():
             yield band

@@ -7,14 +7,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anysize
 import numpy as np
 import pytest
 import pyvips
-from anysize import Cancelled, ExecutionError, ImageError, Tiling, Upscaler, upscale_file
+from anysize import Cancelled, ExecutionError, ImageError, Options, Tiling, Upscaler, upscale_file
+from anysize.backends import get_backend
 from anysize.batch import plan_jobs, run_jobs
 from anysize.files import read_picture, write_picture
+from anysize.rowfiles import RowWriter
+from conftest import ENGINES
 from PIL import Image
 from toys import image_spec, nearest, numpy_session
 
@@ -367,3 +371,28 @@ def test_a_batch_that_is_left_early_stops(tmp_path: Path) -> None:
     time.sleep(0.1)
     assert len(most) == done
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_picture_that_cannot_be_written_lets_go_of_its_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, picture: Any
+) -> None:
+    """While its error is still held."""
+    engine = next((name for name in ENGINES if get_backend(name).has_streams), None)
+    if engine is None:
+        pytest.skip("needs an engine that runs bands")
+    write_picture(tmp_path / "in.png", picture(300, 300))
+    upscaler = Upscaler("default", backend=engine, options=Options(streams=2))
+    threads = threading.active_count()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RowWriter, "write", full)
+    with pytest.raises((OSError, ImageError), match="No space left") as caught:
+        upscale_file(tmp_path / "in.png", tmp_path / "out.png", upscaler)
+    assert caught.value.__traceback__ is not None
+    programs = [p for guard in upscaler.session.bands().guards.values() for p in guard._programs.values()]
+    assert programs
+    assert [p.users for p in programs] == [0] * len(programs)
+    assert threading.active_count() == threads
+    assert not (tmp_path / "out.png").exists()

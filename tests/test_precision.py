@@ -15,6 +15,7 @@ import pytest
 from anysize import (
     BackendUnavailableError,
     ExecutionError,
+    ImageError,
     OptionError,
     Options,
     Session,
@@ -25,7 +26,7 @@ from anysize import (
 )
 from anysize.backends import get_backend
 from anysize.bench_worker import picture as photograph
-from anysize.files import write_picture
+from anysize.files import read_picture, write_picture
 from anysize.precision import CALIBRATING, CROPS, JUDGING, Precisions, busiest, crops
 from conftest import ENGINES
 
@@ -197,7 +198,7 @@ def test_int8_is_calibrated_judged_and_kept(
 ) -> None:
     shown = photograph(200, 300)
     (tmp_path / "pictures").mkdir()
-    write_picture(tmp_path / "pictures" / "a.png", photograph(120, 100))
+    write_picture(tmp_path / "pictures" / "a.png", photograph(140, 100))
     options = Options(calibration=(tmp_path / "pictures", shown), cache_dir=tmp_path / "cache")
     kind = logging.getLoggerClass()
     upscale = Upscaler("default", backend="openvino", precision="int8", options=options)
@@ -220,7 +221,7 @@ def test_int8_is_calibrated_judged_and_kept(
 @needs_int8
 def test_int8_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anysize.precision, "LEAST_INT8_DB", 90)
-    options = Options(calibration=(photograph(100, 100),))
+    options = Options(calibration=(photograph(130, 100),))
     with pytest.raises(OptionError, match=r"int8 is \d\d\.\d dB from f32.* at least 90 dB"):
         load("default", backend="openvino", precision="int8", options=options)
 
@@ -229,7 +230,7 @@ def test_int8_is_refused_with_the_figure(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_int8_never_answers_for_f32(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph whose convolutions have no eight bits is not run as int8."""
     monkeypatch.setattr(anysize.precision, "quantize", lambda model, feeds: model.data)
-    options = Options(calibration=(photograph(100, 100),), cache_dir="")
+    options = Options(calibration=(photograph(130, 100),), cache_dir="")
     with pytest.raises(ExecutionError, match="asked for int8, but the engine runs f32"):
         load("default", backend="openvino", precision="int8", options=options)
 
@@ -237,10 +238,13 @@ def test_int8_never_answers_for_f32(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("backend", "pictures", "says"),
     [
-        ("openvino", (), "needs calibration pictures of 64 x 64"),
-        ("openvino", (np.zeros((63, 200, 3), np.uint8),), "needs calibration pictures of 64 x 64"),
-        ("onnxruntime", (np.zeros((64, 64, 3), np.uint8),), "f32"),
-        ("torch", (np.zeros((64, 64, 3), np.uint8),), "int8"),
+        ("openvino", (), "needs calibration pictures, of 128 x 64"),
+        ("openvino", (np.zeros((63, 200, 3), np.uint8),), "of 128 x 64 pixels or more: all of these are sm"),
+        ("openvino", (np.zeros((127, 90, 3), np.uint8),), "of 128 x 64 pixels or more: all of these are sm"),
+        ("openvino", (np.full((130, 90, 3), 128, np.uint8),), "reach from 0.5 to 0.5 of 0 to 1, and int8"),
+        ("openvino", (photograph(130, 90) // 16,), "reach from 0 to 0.0.* of 0 to 1, and int8 would ruin"),
+        ("onnxruntime", (np.zeros((64, 128, 3), np.uint8),), "f32"),
+        ("torch", (np.zeros((64, 128, 3), np.uint8),), "int8"),
     ],
 )
 def test_int8_without_what_it_needs(backend: str, pictures: tuple[Any, ...], says: str) -> None:
@@ -253,7 +257,7 @@ def test_int8_without_what_it_needs(backend: str, pictures: tuple[Any, ...], say
 @pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
 def test_int8_without_nncf_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(anysize.exporters.quantizing, "find_spec", lambda name: None)
-    options = Options(calibration=(photograph(100, 100),), cache_dir="")
+    options = Options(calibration=(photograph(130, 100),), cache_dir="")
     with pytest.raises(BackendUnavailableError, match=r'int8 needs nncf: pip install "anysize\[int8\]"'):
         load("default", backend="openvino", precision="int8", options=options)
 
@@ -265,12 +269,64 @@ def test_int8_is_no_fallback() -> None:
         Options(calibration="pictures")  # type: ignore[arg-type]
 
 
+@needs_int8
+def test_transposed_convolutions_run_in_int8(toybox: Any) -> None:
+    options = Options(calibration=(photograph(130, 100),), cache_dir="")
+    with load(toybox.file("Transposed"), backend="openvino", precision="int8", options=options) as session:
+        session(np.zeros((1, 3, 16, 16), np.float32))
+        assert session.precision == "int8"
+
+
+@pytest.mark.skipif("openvino" not in ENGINES or find_spec("nncf") is None, reason="needs openvino and nncf")
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "none.png"])
+def test_calibration_pictures_that_are_no_files(name: str) -> None:
+    with pytest.raises(ImageError):
+        load("default", backend="openvino", precision="int8", options=Options(calibration=(name,)))
+
+
+def test_calibration_is_for_int8() -> None:
+    for precision in ("f32", "bf16", "auto"):
+        with pytest.raises(OptionError, match=f"for precision int8, not for {precision}"):
+            load("default", precision=precision, options=Options(calibration=(photograph(130, 100),)))
+
+
 def test_crops_are_inputs_of_the_model(picture: Any) -> None:
     spec = load("default", backend=ENGINES[0]).spec
-    pictures = [picture(64, 64, 1), picture(90, 70, 4), picture(500, 64, 3, np.uint16)]
-    found = crops(pictures, spec)
-    assert {feed.shape for feed in found} == {(1, 3, 64, 64)}
-    assert len(found) == CALIBRATING + JUDGING
-    assert np.array_equal(found[0][0, 0] * 255, pictures[0][:, :, 0])
-    assert all(0 <= feed.min() <= feed.max() <= 1 for feed in found)
-    assert all(np.array_equal(a, b) for a, b in zip(found, crops(pictures, spec), strict=True))
+    pictures = [picture(64, 128, 1), picture(140, 70, 4), picture(500, 64, 3, np.uint16), picture(90, 90)]
+    calibrating, judging = crops(pictures, spec)
+    assert (len(calibrating), len(judging)) == (CALIBRATING, JUDGING)
+    assert {feed.shape for feed in (*calibrating, *judging)} == {(1, 3, 64, 64)}
+    assert all(0 <= feed.min() <= feed.max() <= 1 for feed in (*calibrating, *judging))
+    # of the smallest, each half is a crop
+    for half, found in zip(np.array_split(pictures[0][:, :, 0], 2, 1), (calibrating, judging), strict=True):
+        assert any(np.array_equal(feed[0, 0] * 255, half) for feed in found)
+    for once, again in zip((calibrating, judging), crops(pictures, spec), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(128, 64), (64, 150), (300, 100)])
+def test_no_pixel_both_calibrates_and_judges(shape: tuple[int, int]) -> None:
+    spec = load("default", backend=ENGINES[0]).spec
+    numbers = np.linspace(0, 1, shape[0] * shape[1], dtype=np.float32)
+    numbers = np.random.default_rng(0).permutation(numbers).reshape(*shape, 1)
+    calibrating, judging = (set(np.unique(feeds)) for feeds in crops([numbers], spec))
+    assert calibrating
+    assert judging
+    assert not calibrating & judging
+
+
+def test_of_many_pictures_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(200):
+        write_picture(tmp_path / f"{i:03}.png", np.full((64, 128, 3), i, np.uint8))
+    read: list[str] = []
+
+    def reading(path: Path) -> Any:
+        read.append(path.name)
+        return read_picture(path)
+
+    monkeypatch.setattr(anysize.precision, "read_picture", reading)
+    calibrating, judging = crops([tmp_path], load("default", backend=ENGINES[0]).spec)
+    assert len(read) == CALIBRATING + JUDGING
+    assert (len(calibrating), len(judging)) == (CALIBRATING, JUDGING)
+    assert len({float(feed.max()) for feed in calibrating}) == CALIBRATING
+    assert max(float(feed.max()) for feed in judging) > 0.5

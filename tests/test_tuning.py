@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anysize.tuning
 import numpy as np
 import pytest
+import torch
 from anysize import (
     Cancelled,
     ExecutionError,
@@ -24,11 +27,12 @@ from anysize import (
 )
 from anysize.backends import EngineOptions, get_backend
 from anysize.cli import main
+from anysize.exporters import export
 from anysize.guard import ShapeGuard
 from anysize.session import Session
 from anysize.tuning import Speed, Tuned, known, tune
 from conftest import ENGINES
-from toys import Faulty, NumpyBackend, image_spec, nearest, numpy_session, raises
+from toys import Faulty, FixedSize, NumpyBackend, image_spec, nearest, numpy_session, raises
 
 PARALLEL = [name for name in ENGINES if get_backend(name).has_streams]
 
@@ -75,6 +79,80 @@ def test_only_models_of_pictures_of_any_size_are_tuned() -> None:
     ends = [(TensorSpec(name, f32, (1, 3, 16, 16)),) for name in ("x", "output")]
     with pytest.raises(OptionError, match="of any size to one picture"):
         tune(numpy_session(nearest(1), ModelSpec(*ends)))
+
+
+def meeting(count: int) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """What an engine answers, once so many of its runs have got there."""
+    barrier = threading.Barrier(count)
+
+    def wait(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        barrier.wait(timeout=10)
+        return outputs
+
+    return wait
+
+
+@pytest.mark.parametrize("engine", PARALLEL)
+@pytest.mark.parametrize("method", ["stream", "tile"])
+def test_they_do_run_at_the_same_time(engine: str, method: str, toybox: Any, picture: Any) -> None:
+    backend = Faulty(get_backend(engine), meeting(2), *range(4))
+    model = toybox.model("Convolution", backend.inner)
+    session = Session([ShapeGuard(backend, model, EngineOptions(), "auto", 4)])
+    session.streams = 2
+    upscaler = Upscaler(session, tiling=Tiling(method, 32))  # type: ignore[arg-type]
+    upscaler(picture(64, 128))
+    assert (upscaler.report.method, upscaler.report.streams) == (method, 2)
+    assert backend.calls >= 4
+
+
+@pytest.mark.parametrize("engine", PARALLEL)
+def test_the_engine_is_told(engine: str, toybox: Any) -> None:
+    session = toybox.session("Convolution", engine, threads=6)
+    for streams in (1, 2, 4):
+        session.run({"x": np.zeros((1, 3, 20, 20), np.float32)}, streams=streams)
+    programs = {key[1]: p.ready.result() for key, p in session._guards[0]._programs.items()}
+    if engine == "openvino":
+        told = {n: program._compiled.get_property("NUM_STREAMS") for n, program in programs.items()}
+        assert told == {n: min(n, os.cpu_count() or 1) for n in programs}
+    else:  # each run has its caller's thread beside those of the pool
+        told = {n: p._session.get_session_options().intra_op_num_threads for n, p in programs.items()}
+        assert told == {1: 6, 2: 5, 4: 3}
+
+
+@pytest.mark.parametrize("streams", [0, -1, 2.5, True, "2", 100000])
+def test_runs_at_the_same_time_are_counted_in_whole_numbers(streams: Any) -> None:
+    session = numpy_session(nearest(1), image_spec())
+    with pytest.raises(OptionError, match="streams must be at least 1 and a whole number"):
+        session.run({"x": np.zeros((1, 3, 4, 4), np.float32)}, streams=streams)
+
+
+def test_an_engine_without_streams_has_one_program_for_all() -> None:
+    session = numpy_session(nearest(1), image_spec())
+    for streams in (1, 2, 3):
+        session.run({"x": np.zeros((1, 3, 4, 4), np.float32)}, streams=streams)
+    assert session.stats.compiles == 1
+
+
+@pytest.mark.parametrize("engine", PARALLEL)
+@pytest.mark.parametrize("method", ["stream", "tile"])
+def test_a_program_that_cannot_be_made_is_the_first_one_s_failure(
+    engine: str, method: str, toybox: Any, picture: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = get_backend(engine)
+    session = Session([ShapeGuard(backend, toybox.model("Convolution", backend), EngineOptions(), "auto", 4)])
+    session.streams = 4
+    upscaler = Upscaler(session, tiling=Tiling(method, 16))  # type: ignore[arg-type]
+    if method == "stream":
+        session.bands()
+
+    def compile(*_: Any) -> Any:
+        time.sleep(0.05)  # until the others wait for it
+        raise RuntimeError("planted failure")
+
+    monkeypatch.setattr(backend, "compile", compile)
+    with pytest.raises(ExecutionError) as caught:
+        upscaler(picture(90, 260))
+    assert caught.value.tile == (0, 0)
 
 
 @pytest.mark.parametrize("engine", PARALLEL)
@@ -183,6 +261,25 @@ def test_memory_limits_what_runs_at_the_same_time(monkeypatch: pytest.MonkeyPatc
     assert upscaler.report.streams == 2
 
 
+def test_measuring_does_not_keep_to_a_limit_of_memory() -> None:
+    with pytest.raises(OptionError, match="tuning would not keep to the memory limit"):
+        Upscaler("default", tiling=Tiling(memory="1GiB"), options=Options(tune=True))
+
+
+@pytest.mark.parametrize("engine", PARALLEL)
+@pytest.mark.parametrize("text", [b"null", b"{}", b"not JSON", b'{"speeds": [{"speed": 1}], "max_live": 4}'])
+def test_what_is_no_measurement_is_none(engine: str, text: bytes, tmp_path: Path) -> None:
+    session = load("default", backend=engine, options=Options(cache_dir=tmp_path))
+    session._guards[0].options.cache.put(text, *anysize.tuning._key(session))
+    assert load("default", backend=engine, options=Options(cache_dir=tmp_path)).tuned is None
+
+
+@pytest.mark.parametrize("wrong", ["yes", 2, None])
+def test_tune_is_yes_or_no(wrong: Any) -> None:
+    with pytest.raises(OptionError, match="tune must be True or False"):
+        Options(tune=wrong)
+
+
 @pytest.mark.parametrize("wrong", [{"streams": 0}, {"streams": 1.5}, {"streams": True}, {"max_live": 0}])
 def test_wrong_options(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="at least 1 and a whole number"):
@@ -194,6 +291,27 @@ def test_an_engine_without_streams_says_so() -> None:
         pytest.skip("needs torch")
     with pytest.raises(OptionError, match="one run at a time"):
         load("default", backend="torch", options=Options(streams=2))
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("engine", PARALLEL)
+def test_what_cannot_be_measured_runs_untuned(engine: str, tmp_path: Path) -> None:
+    options = Options(tune=True, cache_dir=tmp_path)
+    fixed = tmp_path / "fixed.onnx"
+    export(FixedSize(24, 40).eval(), fixed, inputs=torch.rand(1, 3, 24, 40))
+    assert load(fixed, backend=engine, options=options).tuned is None
+    failing = Faulty(get_backend(engine), raises, *range(1000))
+    with load("default", backend=failing, options=replace(options, fallback=(engine,))) as session:
+        assert session.tuned is None
+        x = np.zeros((1, 3, 8, 8), np.float32)
+        assert np.array_equal(session(x), load("default", backend=engine)(x))
+
+
+@pytest.mark.usefixtures("quickly")
+def test_measuring_leaves_the_session_as_it_was(toybox: Any) -> None:
+    session = toybox.session("Doubling", PARALLEL[0])
+    tune(session)
+    assert session.stats.compiles == session.stats.live == 0
 
 
 @pytest.mark.parametrize("engine", PARALLEL)

@@ -275,9 +275,9 @@ class _OpenProgram(_Program):
         Running such has returned the previous output, poisoned the program, and with one thread ended the
         process. Shape inference costs milliseconds, and only for a size not seen lately.
 
-        Where a convolution meets a single pixel, bf16 and int8 have come out wrong by up to the whole range
-        of values: in a program for any shape, what follows it by channel (the slopes of a PReLU, an addition
-        behind a ReLU) went wrong. In programs of fixed shape it does not.
+        Where a convolution takes or makes a single pixel, bf16 and int8 have come out wrong by up to the
+        whole range of values: in a program for any shape, what follows it by channel (the slopes of a PReLU,
+        an addition behind a ReLU) went wrong. In programs of fixed shape it does not.
         """
         key = tuple(shapes[port.name] for port in self.inputs)
         with self._lock:
@@ -295,8 +295,10 @@ class _OpenProgram(_Program):
 
 
 def _of_a_pixel(step: Any) -> bool:
-    """Whether this is a convolution of a picture of one pixel."""
-    return "Convolution" in step.get_type_name() and math.prod([*step.input_value(0).get_shape()][2:]) == 1
+    """Whether this is a convolution of a picture of one pixel, or to one."""
+    if "Convolution" not in step.get_type_name():
+        return False
+    return any(math.prod([*end.get_shape()][2:]) == 1 for end in (step.input_value(0), step.output(0)))
 
 
 class _Stateful(Executable):

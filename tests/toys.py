@@ -158,6 +158,20 @@ class SlopesByChannel(nn.Module):
         return self.tail(self.layers(x) + self.offsets)
 
 
+class Strided(nn.Module):
+    """The same behind a stride: of four pixels is made one, and no convolution takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(18)
+        self.down = nn.Sequential(nn.Conv2d(3, 12, 2, stride=2), nn.PReLU(12))
+        self.down[1].weight.data = torch.linspace(-2, 2, 12)
+        self.offsets = nn.Parameter(torch.linspace(-1, 1, 12).reshape(1, 12, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(F.relu(self.down(x)) + self.offsets, 2)
+
+
 class SqueezeExcite(nn.Module):
     """Channels weighed by what the whole picture's mean says."""
 

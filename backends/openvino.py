@@ -133,7 +133,9 @@ class OpenVINOBackend(Backend):
             return _Stateful(self._ov, compiled, model, names, options)
         if shapes is not None:
             return _Program(compiled, model, names, options)
-        return _OpenProgram(compiled, model, names, options, graph, partial(self.compile, model))
+        return _OpenProgram(
+            compiled, model, names, options, graph, partial(self.compile, model, options=options)
+        )
 
     def _compile(
         self, graph: Any, device: str, config: dict[str, Any], cache: Cache | None, of: tuple[Model, object]
@@ -255,11 +257,11 @@ class _OpenProgram(_Program):
         names: _Names,
         options: EngineOptions,
         graph: Any,
-        compile_at: Callable[[Shapes, EngineOptions], Executable],
+        compile_at: Callable[[Shapes], Executable],
     ) -> None:
         """`graph`: what was compiled, to be used by nobody else."""
         super().__init__(compiled, model, names, options)
-        self._graph, self._names, self._options, self._compile_at = graph, names, options, compile_at
+        self._graph, self._names, self._compile_at = graph, names, compile_at
         self._inferred: OrderedDict[tuple[tuple[int, ...], ...], bool] = OrderedDict()
         self._fixed: tuple[Any, Executable] | None = None
         self._lock = threading.Lock()
@@ -283,14 +285,14 @@ class _OpenProgram(_Program):
         with self._lock:
             if key not in self._inferred:
                 _reshape(self._graph, self._names, shapes)
-                rough = self._options.precision != "f32"
+                rough = self.precision != "f32"
                 self._inferred[key] = rough and any(map(_of_a_pixel, self._graph.get_ops()))
                 while len(self._inferred) > _REMEMBERED_SHAPES:
                     self._inferred.popitem(last=False)
             if not self._inferred[key]:
                 return None
             if self._fixed is None or self._fixed[0] != key:
-                self._fixed = key, self._compile_at(shapes, self._options)
+                self._fixed = key, self._compile_at(shapes)
             return self._fixed[1]
 
 

@@ -33,8 +33,8 @@ class Table:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, what: str, figure: float, bound: float, spread: Spread = None) -> None:
-        self._row(what, figure, bound, spread, figure <= bound, "at most")
+    def add(self, what: str, figure: float, bound: float) -> None:
+        self._row(what, figure, bound, None, figure <= bound, "at most")
 
     def at_least(self, what: str, figure: float, bound: float, spread: Spread = None) -> None:
         self._row(what, figure, bound, spread, figure >= bound, "at least")

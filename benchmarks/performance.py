@@ -25,7 +25,8 @@ import anysize
 import numpy as np
 from acceptance import ASSETS, OUT, Table
 from anysize import Upscaler
-from anysize.bench import COMMON, Row, bench
+from anysize.bench import bench
+from anysize.bench_result import COMMON, Row
 from anysize.bench_worker import picture
 from anysize.files import read_picture
 from anysize.session import LIVE

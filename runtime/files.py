@@ -43,9 +43,13 @@ class FilePicture:
 def pictures_in(path: str | os.PathLike[str]) -> list[Path]:
     """The pictures directly in a folder, by suffix; else the path itself. Raises `ImageError`."""
     path = Path(path)
-    if not path.is_dir():
-        return [path]
-    found = sorted(f for f in path.iterdir() if f.suffix.lower() in READABLE and not f.name.startswith("."))
+    try:
+        if not path.is_dir():
+            return [path]
+        files = list(path.iterdir())
+    except OSError as error:  # such as a name that is too long
+        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+    found = sorted(f for f in files if f.suffix.lower() in READABLE and not f.name.startswith("."))
     if not found:
         raise ImageError(f"{path}: no pictures in this folder ({', '.join(READABLE)})")
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from anysize.backends import Backend
 from anysize.backends.base import Array, Feeds
-from anysize.backends.errors import ExecutionError, ImageError, IntegrityError, OptionError, ShapeError
+from anysize.backends.errors import ExecutionError, IntegrityError, OptionError, ShapeError
 from anysize.backends.spec import ModelSpec
 from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.quantizing import check_installed, quantize
@@ -207,10 +207,7 @@ def crops(pictures: Sequence[Any], spec: ModelSpec) -> tuple[list[Array], list[A
     least = spec.input_shapes(sizes_near(spec, CROP))[spec.inputs[0].name][2:]
     given: list[Any] = []
     for item in pictures:
-        try:
-            given += pictures_in(item) if isinstance(item, (str, os.PathLike)) else [item]
-        except (OSError, ValueError) as error:  # no name a file can have
-            raise ImageError(f"{item!r}: {error}") from error
+        given += pictures_in(item) if isinstance(item, (str, os.PathLike)) else [item]
     most = CALIBRATING + JUDGING
     chosen = given if len(given) <= most else [given[i * len(given) // most] for i in range(most)]
     chosen = [item for item in chosen if _has_room(item, least)]

@@ -27,7 +27,7 @@ from anysize.backends.errors import (
     ShapeError,
 )
 from anysize.guard import ShapeGuard, Stats, Strategy, log
-from anysize.sources import Source, choose_backend, open_source
+from anysize.sources import Source, choose_backend, open_source, version_of
 
 if TYPE_CHECKING:
     from anysize.streaming import BandRunner
@@ -109,13 +109,17 @@ def whole_number(name: str, value: object, most: int | None = None) -> None:
 
 @cache
 def _code() -> str:
-    """A digest of the code that probes, converts and compiles: what another version made is not taken."""
+    """A digest of the code that probes, converts, compiles and tunes: what another version made is not taken.
+
+    In a frozen program there are no such files; there the version tells.
+    """
     from anysize import backends, exporters, models
 
-    digest = hashlib.sha256()
-    for package in (backends, exporters, models):
-        for file in sorted(Path(package.__path__[0]).glob("*.py")):
-            digest.update(file.read_bytes())
+    digest = hashlib.sha256(version_of("anysize").encode())
+    folders = [Path(package.__path__[0]) for package in (backends, exporters, models)]
+    files = [file for folder in folders for file in folder.glob("*.py")]
+    for file in sorted([*files, *Path(__file__).parent.glob("tuning.py")]):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

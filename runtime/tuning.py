@@ -6,7 +6,6 @@ what the halos of a picture's strips or tiles cost.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import statistics
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anysize.backends.base import Array, cores
+from anysize.backends.cache import Cache
 from anysize.backends.errors import BackendUnavailableError, NotStreamable, OptionError
 from anysize.backends.spec import Dim
 from anysize.exporters.bands import ROWS
@@ -89,8 +89,8 @@ def processor() -> str:
 
 def known(session: Session) -> Tuned | None:
     """What was measured before for this model on this engine and machine."""
-    key, cache = _key(session), session._guards[0].options.cache
-    data = cache.get(*key) if cache is not None and key else None
+    kept = _kept(session)
+    data = kept and kept[0].get(*kept[1])
     try:
         return None if data is None else Tuned.from_json(data.decode())
     except (KeyError, TypeError, ValueError):  # nothing of ours: not known
@@ -99,7 +99,7 @@ def known(session: Session) -> Tuned | None:
 
 def is_kept(session: Session) -> bool:
     """Whether there is a cache to keep what is measured in, and a way to know this model again."""
-    return session._guards[0].options.cache is not None and bool(_key(session))
+    return _kept(session) is not None
 
 
 def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tuned:
@@ -120,22 +120,23 @@ def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tun
         except (NotStreamable, BackendUnavailableError):
             speeds = _measure(alone, _Tiles, _TILES, started, say)
     tuned = Tuned(speeds, live)
-    key, cache = _key(session), session._guards[0].options.cache
-    if cache is not None and key:
-        cache.put(tuned.to_json().encode(), *key)
+    kept = _kept(session)
+    if kept is not None:
+        kept[0].put(tuned.to_json().encode(), *kept[1])
     session.tuned = tuned
     log.info("tuned in %.1f s: %s", time.perf_counter() - started, tuned)
     return tuned
 
 
-def _key(session: Session) -> tuple[str, ...]:
+def _kept(session: Session) -> tuple[Cache, tuple[str, ...]] | None:
+    """Where what is measured is kept, and its key; None without a cache or a way to know the model again."""
     guard = session._guards[0]
     model = guard.model.digest or guard.spec.source_sha256
     options, backend = guard.options, guard.backend
+    if options.cache is None or not model:
+        return None
     asked = (options.precision, options.device, str(options.threads), str(cores()), guard.strategy)
-    measured_by = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    machine = (backend.name, backend.version, processor())
-    return ("tuned", measured_by, model, *machine, *asked) if model else ()
+    return options.cache, ("tuned", model, backend.name, backend.version, *asked, processor())
 
 
 def _live(session: Session) -> int:
@@ -184,6 +185,7 @@ class _Bands:
     def close(self) -> None:
         for sequence in self._sequences:
             sequence.close()
+        self._sequences = []
 
 
 class _Tiles:
@@ -215,22 +217,21 @@ def _measure(
 ) -> tuple[Speed, ...]:
     """Cases in turns, for as long as there is time; those begin that are likely to be done in it.
 
-    What is clearly slower than another does not take part in the turns, and holds no memory meanwhile.
+    What is clearly slower than another does not take part in the turns, and lets go of its programs.
     """
     backend, threads = session._guards[0].backend, session._guards[0].options.threads or cores()
     counts = {1, 2, threads // 2, threads} if backend.has_streams and session.spec.radius is not None else {1}
     wanted = [(n, size) for size in sizes for n in sorted(counts) if 1 <= n <= threads]
     cases: dict[tuple[int, float], _Bands | _Tiles] = {}
     seconds: dict[tuple[int, float], list[float]] = {}
+    fast: list[tuple[int, float]] = []
     slowest = 0.0  # seconds per pixel, of making a case ready and running it
-
-    dropped: dict[tuple[int, float], _Bands | _Tiles] = {}
 
     def left() -> float:
         return SECONDS - (time.perf_counter() - started)
 
     def speed(key: tuple[int, float]) -> float:
-        return {**dropped, **cases}[key].taken / statistics.median(seconds[key])
+        return cases[key].taken / statistics.median(seconds[key])
 
     with ThreadPoolExecutor(max(counts)) as pool:
 
@@ -251,16 +252,14 @@ def _measure(
                 timed(case, n)
                 seconds[n, size] = [timed(case, n)]
                 slowest = max(slowest, (time.perf_counter() - begun) / case.taken)
-                best = max(speed(key) for key in cases)
-                for key in [key for key in cases if speed(key) < _SLOW * best]:
-                    dropped[key] = cases.pop(key)
-                    dropped[key].close()
+                fast = [key for key in cases if speed(key) >= _SLOW * max(map(speed, cases))]
+                for key in cases.keys() - fast:
+                    cases[key].close()
             say("in turns")
-            while sum(seconds[key][-1] for key in cases) < left() and len(cases) > 1:
-                for key, case in cases.items():
-                    seconds[key].append(timed(case, key[0]))
+            while sum(seconds[key][-1] for key in fast) < left() and len(fast) > 1:
+                for key in fast:
+                    seconds[key].append(timed(cases[key], key[0]))
         finally:
             for case in cases.values():
                 case.close()
-    cases |= dropped
-    return tuple(Speed(kind.method, n, cases[n, s].pixels, speed((n, s))) for n, s in seconds)
+    return tuple(Speed(kind.method, key[0], case.pixels, speed(key)) for key, case in cases.items())

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anysize import ExecutionError, ModelLoadError, OptionError
-from anysize.bench import COMMON, Benchmark, _measure, _Workers, bench
+from anysize.bench import _measure, _Workers, bench
+from anysize.bench_result import COMMON, Benchmark
 from anysize.bench_worker import _looped, _pixels, picture
 from anysize.cli import main
 from anysize.pixels import to_float

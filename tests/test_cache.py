@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import anysize
+import anysize.backends
+import anysize.exporters
+import anysize.models
+import anysize.session
+import anysize.sources
+import anysize.tuning
 import numpy as np
 import pytest
 from anysize import OptionError, Options
@@ -215,3 +221,19 @@ def test_a_folder_that_cannot_be_used(
     cache = Options().cache()
     assert cache is not None
     assert cache.folder.name == "anysize"
+
+
+def test_a_frozen_program_has_no_source_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There the version tells what made a thing, and a model loads all the same."""
+    here = anysize.session._code()
+    monkeypatch.setattr(anysize.session, "__file__", str(tmp_path / "session.pyc"))
+    with monkeypatch.context() as frozen:
+        for package in (anysize.backends, anysize.exporters, anysize.models):
+            frozen.setattr(package, "__path__", [str(tmp_path)])
+        code = anysize.session._code.__wrapped__()
+        frozen.setattr(anysize.session, "version_of", lambda name: "another")
+        assert len({here, code, anysize.session._code.__wrapped__()}) == 3
+    for module in (anysize.tuning, anysize.sources):
+        monkeypatch.setattr(module, "__file__", str(tmp_path / "none.pyc"))
+    with anysize.load("default", options=anysize.Options(cache_dir=tmp_path / "cache")) as session:
+        assert session.tuned is None

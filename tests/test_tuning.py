@@ -270,7 +270,8 @@ def test_measuring_does_not_keep_to_a_limit_of_memory() -> None:
 @pytest.mark.parametrize("text", [b"null", b"{}", b"not JSON", b'{"speeds": [{"speed": 1}], "max_live": 4}'])
 def test_what_is_no_measurement_is_none(engine: str, text: bytes, tmp_path: Path) -> None:
     session = load("default", backend=engine, options=Options(cache_dir=tmp_path))
-    session._guards[0].options.cache.put(text, *anysize.tuning._key(session))
+    cache, key = anysize.tuning._kept(session)
+    cache.put(text, *key)
     assert load("default", backend=engine, options=Options(cache_dir=tmp_path)).tuned is None
 
 

@@ -323,8 +323,11 @@ def verify(module: Any, model: Model, backends: Sequence[Backend]) -> None:
         open_program = None
         for sizes in verification_sizes(spec):
             feeds = random_feeds(spec, sizes)
-            want = reference(feeds)
             where = f"{backend.name} at {dict(sizes)}"
+            try:
+                want = reference(feeds)
+            except Exception as error:  # whatever the module raises
+                raise ExportError(f"the module does not run at {dict(sizes)}: {error}") from error
             try:
                 open_program = open_program or backend.compile(model, None, options)
                 programs = [open_program]

@@ -23,7 +23,7 @@ Templates = Mapping[str, tuple[np.dtype[Any], tuple[int | str, ...]]]
 
 _BASES = tuple(dict.fromkeys((16, 32, 64, 24, 48, 96, 128, 224, 256, 512, *range(1, 130))))
 _RATIOS = (Fraction(1), Fraction(2), Fraction(1, 2), Fraction(4), Fraction(1, 4), Fraction(8), Fraction(1, 8))
-_SCAN_LIMITS = (18, 36, 72, 144, 288)
+_SCAN_LIMITS = (18, 36, 72, 144, 288, 576)
 _LARGEST = 512
 
 
@@ -107,7 +107,8 @@ class _Probe:
         self.find_ties(base)
         free = {n: s for n, s in base.items() if n not in self.ties and n not in self.fixed}
         dims = {name: self.scan(name, free) for name in free}
-        least = {name: dim.min for name, dim in dims.items()}
+        least = self.least(dims, free)
+        dims = {name: replace(dim, min=least[name]) for name, dim in dims.items()}
         for name, dim in dims.items():
             if name not in self.batch:
                 dims[name] = replace(dim, max=self.maximum(dim, free[name], least))
@@ -204,6 +205,17 @@ class _Probe:
         while least - multiple in valid:
             least -= multiple
         return Dim(name, least, None, multiple)
+
+    def least(self, dims: Mapping[str, Dim], base: Mapping[str, int]) -> dict[str, int]:
+        """The least sizes that work together: statistics over a picture may need more than a single pixel."""
+        least = {name: dim.min for name, dim in dims.items()}
+        while self.attempt(least) is None:
+            free = [name for name in least if name not in self.batch]
+            grown = least | {n: min(least[n] + dims[n].multiple_of, base[n]) for n in free}
+            if grown == least:
+                raise ExportError(f"the sizes that work depend on one another: {least} do not: {self.error}")
+            least = grown
+        return least
 
     def maximum(self, dim: Dim, base: int, least: Mapping[str, int]) -> int | None:
         """The largest size that works, by bisection; None if `_LARGEST` does. The others at their least."""

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from anysize.parity import ParityReport, compare
     from anysize.report import Report
     from anysize.session import Options, Session, load
+    from anysize.sizes import SizePlan, SizePolicy, fit_longest
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler
 
@@ -60,6 +61,7 @@ _HOMES = {
     "parity": "ParityReport compare",
     "report": "Report",
     "session": "Options Session load",
+    "sizes": "SizePlan SizePolicy fit_longest",
     "tiling": "Tiling",
     "upscale": "Upscaler",
 }
@@ -106,6 +108,8 @@ __all__ = [
     "Rule",
     "Session",
     "ShapeError",
+    "SizePlan",
+    "SizePolicy",
     "Stats",
     "TensorSpec",
     "Tiling",
@@ -116,6 +120,7 @@ __all__ = [
     "backends",
     "compare",
     "exporters",
+    "fit_longest",
     "load",
     "models",
     "upscale_file",

@@ -27,6 +27,7 @@ from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
 from anysize.exporters.probing import Templates, clip, probe
 from anysize.exporters.radius import Run
+from anysize.exporters.recipes import translations
 
 OPSET = 18
 #: engines must agree with eager f32 within this times max(1, max|reference|)
@@ -42,7 +43,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike,
-    value_range: tuple[float, float] = (0.0, 1.0),
+    value_range: tuple[float, float] | None = None,
     source_sha256: str = "",
 ) -> Path:
     """Write `module` to `path` (`.onnx`, or `.xml` with its `.bin` for OpenVINO) with its probed contract.
@@ -50,14 +51,15 @@ def export(
     `inputs`, by argument name or in the order of `forward`, each either an example (tensor or array; of an
     NCHW example N, H and W are probed, of any other every axis but the second) or a shape such as
     `("n", 3, "h", "w")`, where names are the axes to probe and ints are fixed; all dtypes float32 unless an
-    example says otherwise. `value_range`: of image values. The module is not changed.
+    example says otherwise. `value_range`: of image values; None: what the module's own `value_range` says, or
+    else 0 to 1. The module is not changed.
 
     The contract is probed in eager PyTorch, the graph exported, and every installed engine that takes
     the file run at sizes not used in the export: outputs must be finite, of the ruled shape, and within
     1e-4 * max(1, max|reference|). Nothing is written otherwise.
 
     Raises `ExportError`, `BackendUnavailableError` (missing torch, onnx or, for .xml, openvino),
-    `OptionError` (unknown suffix).
+    `OptionError` (unknown suffix, no range).
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".xml"):
@@ -164,12 +166,19 @@ def probe_module(
     templates: Templates,
     *,
     example: Mapping[str, int] | None = None,
-    value_range: tuple[float, float] = (0.0, 1.0),
+    value_range: tuple[float, float] | None = None,
 ) -> ModelSpec:
-    """The contract of a torch module; see `probe`."""
+    """The contract of a torch module; see `probe`, and `export` for `value_range`."""
     import torch
 
-    spec = probe(eager(module, list(templates)), templates, example=example, value_range=value_range)
+    values: Any = value_range or getattr(module, "value_range", (0.0, 1.0))
+    try:
+        low, high = map(float, values)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not low < high:
+        raise OptionError(f"value_range must be the least and the largest value, not {values!r}")
+    spec = probe(eager(module, list(templates)), templates, example=example, value_range=(low, high))
     return replace(spec, producer=f"torch {torch.__version__}")
 
 
@@ -206,9 +215,14 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
                 verbose=False,
                 opset_version=OPSET,
                 input_names=[t.name for t in spec.inputs],
+                custom_translation_table=translations(),
             )
     except Exception as error:  # the exporter's own classes are many and private
-        raise ExportError(f"torch cannot export this module: {str(error).splitlines()[0]}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # its first line says what step failed, the last cause why
+            cause = cause.__cause__
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        raise ExportError(f"torch cannot export this module: {reason}") from error
     assert exported is not None
     proto = exported.model_proto
     spec = replace(spec, opset=OPSET)
@@ -237,7 +251,13 @@ def _name_outputs(onnx: Any, graph: Any, names: Sequence[str]) -> None:
 
 
 def _declare(proto: Any, spec: ModelSpec) -> None:
-    """Write the contract's axis names into the graph, and drop the tracer's inner symbols."""
+    """Write the contract's axis names into the graph, and drop the tracer's inner symbols and its notes.
+
+    The notes tell where on this machine each line of the module's code lies.
+    """
+    graph = proto.graph
+    for noted in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        del noted.metadata_props[:]
     del proto.graph.value_info[:]
     for values, tensors in ((proto.graph.input, spec.inputs), (proto.graph.output, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):

@@ -34,7 +34,7 @@ class Weights:
 
 
 def load_weights(path: Path) -> Weights:
-    """Load `.pth` (tensors only, no code is run) or `.safetensors` into the module they belong to.
+    """Load `.pth`, `.pt` (tensors only, no code is run) or `.safetensors` into the module they belong to.
 
     Raises `ModelLoadError` naming what was found, `BackendUnavailableError` where torch is missing.
     """
@@ -48,13 +48,13 @@ def load_weights(path: Path) -> Weights:
         ) from error
     state = _state_dict(_read(path), path)
     module = None
-    for recognise in (_compact, _rrdbnet):
+    for recognise in (_compact, _rrdbnet, _animegan):
         try:
             module = module or recognise(state, path)
         except (ZeroDivisionError, ValueError, RuntimeError) as error:
             raise ModelLoadError(f"{path}: {_describe(state)} has impossible sizes: {error}") from error
     if module is None:
-        raise ModelLoadError(f"{path}: {_describe(state)} is neither RRDBNet nor SRVGGNetCompact")
+        raise ModelLoadError(f"{path}: {_describe(state)} is none of RRDBNet, SRVGGNetCompact and AnimeGANv2")
     try:
         module.load_state_dict(_rename(state, type(module).__name__), strict=True)
     except RuntimeError as error:
@@ -148,7 +148,7 @@ _MIDDLE_NAMES = {
 
 
 def _rename(state: StateDict, architecture: str) -> dict[str, Any]:
-    if architecture == "SRVGGNetCompact":
+    if architecture != "RRDBNet":
         return dict(state)
     top = sorted({int(m[1]) for k in state if (m := re.fullmatch(r"model\.(\d+)\.weight", k))})
     numbered = {}
@@ -164,6 +164,14 @@ def _rename(state: StateDict, architecture: str) -> dict[str, Any]:
         head, _, tail = key.partition(".")
         renamed[f"{_MIDDLE_NAMES.get(head, head)}.{tail}"] = value
     return renamed
+
+
+def _animegan(state: StateDict, path: Path) -> Any | None:
+    if not {"block_a.0.1.weight", "block_e.2.1.weight", "out_layer.0.weight"} <= set(state):
+        return None
+    from anysize.models.animegan import AnimeGANv2
+
+    return AnimeGANv2()
 
 
 def _rrdbnet(state: StateDict, path: Path) -> Any | None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from anysize.report import Report
     from anysize.session import Options, Session, load
     from anysize.sizes import SizePlan, SizePolicy, fit_longest
+    from anysize.stylize import ResultCache, Stylizer, bucket_batch
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler
 
@@ -62,6 +63,7 @@ _HOMES = {
     "report": "Report",
     "session": "Options Session load",
     "sizes": "SizePlan SizePolicy fit_longest",
+    "stylize": "ResultCache Stylizer bucket_batch",
     "tiling": "Tiling",
     "upscale": "Upscaler",
 }
@@ -105,12 +107,14 @@ __all__ = [
     "Options",
     "ParityReport",
     "Report",
+    "ResultCache",
     "Rule",
     "Session",
     "ShapeError",
     "SizePlan",
     "SizePolicy",
     "Stats",
+    "Stylizer",
     "TensorSpec",
     "Tiling",
     "TimedOut",
@@ -118,6 +122,7 @@ __all__ = [
     "as_module",
     "available_backends",
     "backends",
+    "bucket_batch",
     "compare",
     "exporters",
     "fit_longest",

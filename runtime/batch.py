@@ -21,7 +21,8 @@ from anysize.rowfiles import RowReader, RowWriter
 from anysize.session import Session
 from anysize.sources import Source
 from anysize.tiling import Tiling
-from anysize.upscale import Cancel, Progress, Upscaler, as_check, check_outscale
+from anysize.upscale import Upscaler, check_outscale
+from anysize.work import Cancel, Progress, as_check
 
 PathLike = str | os.PathLike[str]
 #: pictures in work at once

@@ -327,7 +327,9 @@ def tune(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Weights: a .pth or .safetensors file, or a bundled model.")],
+    model: Annotated[
+        str, typer.Argument(help="Weights: a .pth, .pt or .safetensors file, or a bundled model.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx or .xml file to write.")],
     as_json: AsJson = False,
     debug: Debug = False,
@@ -341,7 +343,7 @@ def export(
     from anysize.sources import source_format
 
     if source_format(path) != "module":
-        raise OptionError(f"{path}: export takes .pth or .safetensors weights")
+        raise OptionError(f"{path}: export takes .pth, .pt or .safetensors weights")
     weights = load_weights(path)
     shape = ("n", weights.in_channels, "h", "w")
     written = export_module(weights.module, output, inputs=[shape], source_sha256=weights.sha256)

@@ -132,8 +132,9 @@ def load(
 ) -> Session:
     """Open a model on an engine.
 
-    `source`: path of a .pth, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW image in;
-    export others), or "default", the bundled x4 model. `backend`: a name, a `Backend` instance, or "auto":
+    `source`: path of a .pth, .pt, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW image in;
+    export others; its `value_range` tells its image values where they are not in 0..1), or "default", the
+    bundled x4 model. `backend`: a name, a `Backend` instance, or "auto":
     the fastest installed engine that takes the source. `precision`: "f32" or "bf16"; the engine is told,
     and asked what it runs; "auto": bf16 where the engine has it and is within 50 dB of f32 on a picture of
     noise, else f32 (an `Upscaler` asks the picture itself); "int8": on OpenVINO, calibrated on

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 else:
     Source = object
 
-WEIGHTS = (".pth", ".safetensors")
+WEIGHTS = (".pth", ".pt", ".safetensors")
 #: suffix -> format of files that engines read themselves
 GRAPHS = {".onnx": "onnx", ".xml": "xml", ".param": "ncnn"}
 #: channels of the image input tried on a bare module

@@ -29,3 +29,14 @@ def test_anytext(tmp_path: Path, picture: str | None) -> None:
     assert "without a plan: input 'picture', axis 2: got" in said
     made = pyvips.Image.new_from_file(str(tmp_path / "out" / "anytext.png"))
     assert (made.width, made.height) == ((300, 200) if picture else (551, 754))
+
+
+def test_animegan(tmp_path: Path) -> None:
+    said = run("animegan.py", tmp_path)
+    assert "h >= 8" in said
+    # two of one size together, and none the second time
+    assert "again, from the cache: " in said
+    assert said.count(" 3 calls of the engine") == 2
+    made = pyvips.Image.new_from_file(str(tmp_path / "out" / "animegan-3.png"))
+    assert (made.width, made.height) == (333, 511)
+    assert run("animegan.py", tmp_path, str(tmp_path / "out" / "animegan.safetensors"), "out/animegan-3.png")

@@ -274,7 +274,7 @@ def test_reach_is_unknown_where_nothing_can_trace_it(toybox: ToyBox, monkeypatch
 def test_exporters_name_no_architecture() -> None:
     for file in (Path(anysize.__file__).parent / "exporters").glob("*.py"):
         text = file.read_text().lower()
-        assert not [w for w in ("rrdb", "srvgg", "compact", "esrgan") if w in text]
+        assert not [w for w in ("rrdb", "srvgg", "compact", "esrgan", "anime", "unet", "sana") if w in text]
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):
                 assert not (node.module or "").startswith("anysize.models")
@@ -330,3 +330,40 @@ def test_an_input_named_output(tmp_path: Path) -> None:
             return output * 2
 
     assert list(exported(tmp_path, Named(), [("n", 3, "h", "w")]).output_rule) == ["result"]
+
+
+def norms() -> dict[str, nn.Module]:
+    return {
+        "group of all": nn.GroupNorm(1, 6),
+        "groups": nn.GroupNorm(3, 6),
+        "group of one": nn.GroupNorm(6, 6),
+        "no weights": nn.GroupNorm(2, 6, affine=False),
+        "instance": nn.InstanceNorm2d(6),
+        "instance with weights": nn.InstanceNorm2d(6, affine=True, eps=1e-2),
+        "tracked": nn.InstanceNorm2d(6, track_running_stats=True),
+        "tracked with weights": nn.InstanceNorm2d(6, affine=True, track_running_stats=True),
+    }
+
+
+@pytest.mark.parametrize("kind", norms())
+def test_normalisations(tmp_path: Path, kind: str) -> None:
+    """Exact on large pictures too, whose long sums in f32 are not: against float64."""
+    torch.manual_seed(0)
+    norm = norms()[kind]
+    for tensor in (*norm.parameters(), *norm.buffers()):
+        if tensor.dtype == torch.float32:
+            tensor.data.uniform_(0.5, 1.5)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), norm, nn.Conv2d(6, 3, 1)).eval()
+    file = export(module, tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+    x = 10 + np.random.default_rng(0).random((2, 3, 600, 801), np.float32)  # a mean that is far from 0
+    with torch.no_grad():
+        want = module.double()(torch.from_numpy(x).double()).numpy()
+    for engine in GRAPH_ENGINES:
+        assert np.abs(anysize.load(file, backend=engine)(x) - want).max() <= 1e-4, engine
+
+
+def test_a_file_does_not_tell_where_it_was_made(tmp_path: Path) -> None:
+    file = export(toys.Convolution(), tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+    for made in (file, anysize.models.bundled_file("default", ".onnx")):
+        for place in (Path(__file__).parent, Path(torch.__file__).parent, Path(anysize.__file__).parent):
+            assert str(place).encode() not in made.read_bytes()

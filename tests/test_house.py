@@ -21,7 +21,12 @@ ALLOWED = {
 }
 ENGINES = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "safetensors"}
 HEAVY = ENGINES | {"pyvips", "typer", "rich", "PIL"}
-LAZY = {"cli.py": {"typer", "rich"}, "torch_module.py": {"torch"}, "architectures.py": {"torch"}}
+LAZY = {
+    "cli.py": {"typer", "rich"},
+    "torch_module.py": {"torch"},
+    "architectures.py": {"torch"},
+    "animegan.py": {"torch"},
+}
 
 
 def run(code: str) -> str:

@@ -171,12 +171,12 @@ def probe_module(
     """The contract of a torch module; see `probe`, and `export` for `value_range`."""
     import torch
 
-    values: Any = value_range or getattr(module, "value_range", (0.0, 1.0))
+    values: Any = getattr(module, "value_range", (0.0, 1.0)) if value_range is None else value_range
     try:
         low, high = map(float, values)
     except (TypeError, ValueError):
         low = high = 0.0
-    if not low < high:
+    if not (low < high and max(-low, high) <= float(np.finfo(np.float32).max)):
         raise OptionError(f"value_range must be the least and the largest value, not {values!r}")
     spec = probe(eager(module, list(templates)), templates, example=example, value_range=(low, high))
     return replace(spec, producer=f"torch {torch.__version__}")

@@ -40,7 +40,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         by_channel = constant(1, -1, *[1] * (rank - 2))
         centred = op.Sub(x, mean(x, rank, groups))
         variance = mean(op.Mul(centred, centred), rank, groups)
-        scale = op.Reciprocal(op.Sqrt(op.Add(variance, op.Constant(value_float=eps))))
+        scale = op.Reciprocal(op.Sqrt(op.Add(variance, op.CastLike(op.Constant(value_float=eps), variance))))
         if weight is not None:
             scale = op.Mul(scale, op.Reshape(weight, by_channel))
         y = op.Mul(centred, scale)
@@ -64,7 +64,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ) -> Value:
         if use_input_stats:
             return normalised(x, None, weight, bias, eps)
-        one, zero = op.Constant(value_float=1.0), op.Constant(value_float=0.0)
+        one, zero = (op.CastLike(op.Constant(value_float=v), running_mean) for v in (1.0, 0.0))
         weight = op.Expand(one, op.Shape(running_mean)) if weight is None else weight
         bias = op.Expand(zero, op.Shape(running_mean)) if bias is None else bias
         return op.BatchNormalization(x, weight, bias, running_mean, running_var, epsilon=eps)

@@ -157,11 +157,24 @@ def constant_runs(alpha: Array, value: float) -> Array:
 
 
 def resize(array: Array, height: int, width: int) -> Array:
-    """Float HWC -> (height, width, C) by Lanczos-3, by libvips; values may overshoot 0..1."""
+    """Float HWC -> (height, width, C), by libvips: Lanczos-3 where a side shrinks, bicubic where it grows.
+
+    The picture's ends stay where they are. Values may overshoot those there were.
+    """
     import pyvips
 
     image = pyvips.Image.new_from_array(np.ascontiguousarray(array, np.float32))
-    image = image.resize(width / image.width, vscale=height / image.height, kernel="lanczos3")
+    down, across = height / image.height, width / image.width
+    image = image.resize(min(1.0, across), vscale=min(1.0, down), kernel="lanczos3")
+    if down > 1 or across > 1:
+        image = image.affine(
+            [max(1.0, across), 0, 0, max(1.0, down)],
+            interpolate=pyvips.Interpolate.new("bicubic"),
+            oarea=[0, 0, width, height],
+            extend="copy",
+            # the middles of pixels are what is mapped; its own resize is half a pixel off
+            **{"idx": 0.5, "idy": 0.5, "odx": -0.5, "ody": -0.5},
+        )
     result: Array = image.numpy().reshape(image.height, image.width, -1)
     if result.shape[:2] != (height, width):
         raise ImageError(f"resizing gave {result.shape[:2]}, not {(height, width)}")

@@ -11,12 +11,12 @@ class Report:
     """What ran for one picture.
 
     `width`, `height`: of the result, in pixels. `scale`: result over input; `model_scale`: the model's own
-    (a different `scale` is a Lanczos resize of its result). `tile`: side of a tile or rows of a band;
-    `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran whole. `streams`:
-    strips or tiles that ran at the same time. `exact`: the result is that of the whole picture run at once.
-    `max_error`: where it is not, the largest difference measured on this picture, in 0..1. `reason`: why this
-    method. `compiles`, `fallbacks`: of the session during this call. `precision_reason`: why this precision,
-    where that was measured.
+    (for another `scale` its result is resized: Lanczos, bicubic where it grows). `tile`: side of a tile or
+    rows of a band; `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran
+    whole. `streams`: strips or tiles that ran at the same time. `exact`: the result is that of the whole
+    picture run at once. `max_error`: where it is not, the largest difference measured on this picture, in
+    0..1. `reason`: why this method. `compiles`, `fallbacks`: of the session during this call.
+    `precision_reason`: why this precision, where that was measured.
     """
 
     status: str = "ok"

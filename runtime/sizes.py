@@ -6,6 +6,7 @@ glyphs, position maps, latents). Sizes are (height, width) in pixels, and comput
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -13,13 +14,14 @@ from typing import Literal
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import OptionError, ShapeError
+from anysize.backends.errors import ImageError, OptionError, ShapeError
 from anysize.pixels import quantise, resize, to_float
 from anysize.session import whole_number
 
 Size = tuple[int, int]
 Rounding = Literal["floor", "nearest", "ceil"]
 Mode = Literal["resize", "pad", "crop", "bin"]
+Scaler = Callable[[Array, Size], Array]
 
 _MODES = ("resize", "pad", "crop", "bin")
 #: side, multiple -> a multiple; of two that are equally near the larger
@@ -38,7 +40,7 @@ class SizePolicy:
     `max_side`: if the longest side exceeds this, it becomes exactly this and the other one is scaled alike,
     rounded to the nearest pixel; with `upscale` also if it is shorter. `min_side`: a shorter side becomes
     this, each by itself. `multiple`: both sides become multiples, by `rounding`. In mode "bin" none of these:
-    the size is the one of `bins` whose height / width is nearest to the picture's.
+    the size is the one of `bins` whose height / width is nearest to the picture's. Halves are rounded up.
 
     `mode` says how a picture comes to that size. "resize": stretched. "pad": rows below and columns at the
     right are added that mirror the picture (after it was scaled, where `max_side` asks for that). "crop" and
@@ -69,10 +71,16 @@ class SizePolicy:
         for name in ("min_side", "max_side"):
             if getattr(self, name) is not None:
                 whole_number(name, getattr(self, name))
-        object.__setattr__(self, "bins", tuple(_size("a size of bins", size) for size in self.bins))
+        try:
+            bins = tuple(_size("a size of bins", size) for size in self.bins)
+        except TypeError as error:
+            raise OptionError(f"bins are sizes, (height, width) each, not {self.bins!r}") from error
+        if any(0 in size for size in bins):
+            raise OptionError(f"a size of bins has no pixels: {self.bins!r}")
+        object.__setattr__(self, "bins", bins)
         if bool(self.bins) != (self.mode == "bin"):
             raise OptionError("bins and mode 'bin' go together")
-        others = ("multiple", "min_side", "max_side", "square")
+        others = ("multiple", "rounding", "min_side", "max_side", "square")
         more = [f.name for f in fields(self) if f.name in others and getattr(self, f.name) != f.default]
         if self.bins and more:
             raise OptionError(f"mode 'bin' takes sizes as they are: leave {' and '.join(more)} out")
@@ -80,6 +88,8 @@ class SizePolicy:
             raise OptionError(f"padding can only add: use rounding 'ceil' with it, not '{self.rounding}'")
         if self.upscale and self.max_side is None:
             raise OptionError("upscale needs max_side, the side to reach")
+        if (self.min_side or 0) > (self.max_side or math.inf):
+            raise OptionError(f"min_side {self.min_side} is more than max_side {self.max_side}")
 
     def __str__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -88,7 +98,7 @@ class SizePolicy:
     @staticmethod
     def preset(name: str) -> SizePolicy:
         """A policy by name, out of `PRESETS`. Raises `OptionError`."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise OptionError(f"no size policy is called {name!r}; there are {', '.join(PRESETS)}")
         return PRESETS[name]
 
@@ -96,35 +106,28 @@ class SizePolicy:
         """For a picture of (height, width). Raises `ShapeError` where that would leave a side of 0."""
         size = _size("the picture's size", size)
         box = content = size
+        roomy = False  # for the size itself, unscaled, which is all that rounding down asks for
         if self.bins:
-            height, width = size
-            aspect = Fraction(height, width)
+            aspect = Fraction(size[0], max(1, size[1]))
             target = min(self.bins, key=lambda bin_: abs(Fraction(*bin_) - aspect))
         else:
             frame = size
             if self.square:
                 frame = (min(size),) * 2 if self.mode == "crop" else (max(size),) * 2
-            fitted = self._fit(frame)
-            sides = [_ROUND[self.rounding](max(n, self.min_side or 0), self.multiple) for n in fitted]
-            target = sides[0], sides[1]
-            if self.mode == "pad":
-                content = _scaled(size, fitted[0], frame[0])
-        if 0 in (*target, *content):
+            scale, most = Fraction(1), self.max_side
+            if most is not None and (max(frame) > most or self.upscale):
+                scale = Fraction(most, max(1, *frame))
+            sides = [max(side, self.min_side or 0) for side in _scaled(frame, scale)]
+            height, width = (_ROUND[self.rounding](side, self.multiple) for side in sides)
+            target = height, width
+            content = _scaled(size, scale)
+            roomy = scale == 1 and height <= size[0] and width <= size[1]
+        if 0 in (*size, *target, *content):
             got, made = (f"{width} x {height}" for height, width in (size, target))
             raise ShapeError("image", None, got, f"{self} would make it {made}")
         if self.mode in ("crop", "bin"):
-            # no scaling where there is room for the size itself, which is all that rounding down asks for
-            unscaled = not self.bins and fitted == frame and all(map(int.__le__, target, size))
-            box = target if unscaled else _within(size, target)
-        if self.mode != "pad":
-            content = target
-        return SizePlan(self, size, box, content, target)
-
-    def _fit(self, size: Size) -> Size:
-        longest, most = max(size), self.max_side
-        if most is not None and (longest > most or self.upscale):
-            return _scaled(size, most, longest)
-        return size
+            box = target if roomy else _within(size, target)
+        return SizePlan(self, size, box, content if self.mode == "pad" else target, target)
 
 
 @dataclass(frozen=True)
@@ -169,8 +172,8 @@ class SizePlan:
         Raises `ShapeError` if that is not whole, `OptionError` for what is no factor.
         """
         try:
-            factor = Fraction(at)
-        except (TypeError, ValueError, OverflowError):
+            factor = Fraction(at.item() if isinstance(at, np.generic) else at)
+        except (TypeError, ValueError, ArithmeticError):
             factor = Fraction(0)
         if factor <= 0:
             raise OptionError(f"at must be a positive number, not {at!r}")
@@ -185,50 +188,58 @@ class SizePlan:
 
         uint8, uint16 or float; the dtype stays. `at`: its pixels a side for one of the picture's, such as 2
         for glyphs drawn at twice the size or 1/8 for latents; its sides are the picture's times this, rounded
-        up or down. Scaled in float32 by Lanczos-3, antialiased, and kept within the values it had; what has
-        its final size already is returned itself.
-        Raises `ShapeError` for another size, `OptionError` for another dtype.
+        up or down. Scaled in float32, by Lanczos-3 where it shrinks and bicubic where it grows, and each
+        channel kept within the values it had; what has its final size already is returned itself.
+        Raises `ShapeError` for another size, `OptionError` for another dtype, `ImageError` for NaN.
         """
-        if image.dtype.name not in ("uint8", "uint16") and image.dtype.kind != "f":
-            raise OptionError(f"images are uint8, uint16 or float, not {image.dtype}; masks: apply_mask")
-        return self._apply(image, at, _smooth)
+        return self._apply(_checked(image), at, _smooth)
 
     def apply_mask(self, mask: Array, at: Fraction | float = 1) -> Array:
         """The same by nearest pixels: any dtype, and no value that was not there."""
         return self._apply(mask, at, _nearest)
 
-    def _apply(self, image: Array, at: Fraction | float, scaled: Callable[[Array, Size], Array]) -> Array:
-        target, have = self.shape(at), image.shape[:2]
-        if image.ndim not in (2, 3) or any(
-            abs(n - side * Fraction(at)) >= 1 for n, side in zip(have, self.size, strict=True)
-        ):
-            want = " x ".join(str(float(side * Fraction(at))) for side in self.size)
+    def _apply(self, image: Array, at: Fraction | float, scaled: Scaler) -> Array:
+        target, have = self.shape(at), _extent(image)
+        at = Fraction(target[0], self.target[0])
+        if any(abs(n - side * at) >= 1 for n, side in zip(have, self.size, strict=True)):
+            want = " x ".join(str(float(side * at)) for side in self.size)
             raise ShapeError("image", None, image.shape, f"the plan is for (height, width) = {want}")
         if self.policy.mode == "pad":
-            content = have if self.content == self.size else _times(self.content, at, target)
+            content = have if self.content == self.size else _at_least_1(_scaled(self.content, at))
             return _pad(scaled(image, content), target)
         if self.box != self.size:
-            image = _middle(image, _times(self.box, at, have))
+            # where the middle begins is told in the picture's pixels, so that all that is tied begins there
+            begins = _scaled(((self.size[0] - self.box[0]) // 2, (self.size[1] - self.box[1]) // 2), at)
+            image = _cut(image, begins, _at_least_1(_scaled(self.box, at)))
         return scaled(image, target)
 
     def invert(self, output: Array) -> Array:
         """A result for the target -> for the picture: (height, width) times k for one of k times the target.
 
-        HW or HWC, of any k = n/m. What was padded is cut off, what was stretched is stretched back; where the
-        middle was cut out, the result is scaled to cover the picture, its aspect kept, and its middle taken.
-        Returned as it is if the policy does not restore. Raises `ShapeError`.
+        HW or HWC, uint8, uint16 or float, of any k = n/m. What was padded is cut off, what was stretched is
+        stretched back; where the middle was cut out, the result is scaled to cover the picture, its aspect
+        kept, and its middle taken. Returned as it is if the policy does not restore. Raises as `apply` does.
         """
-        times = Fraction(output.shape[0], self.target[0]) if output.ndim in (2, 3) else Fraction(0)
-        if not times or output.shape[:2] != tuple(side * times for side in self.target):
+        return self._invert(_checked(output), _smooth)
+
+    def invert_mask(self, output: Array) -> Array:
+        """The same by nearest pixels: any dtype, and no value that was not there."""
+        return self._invert(output, _nearest)
+
+    def _invert(self, output: Array, scaled: Scaler) -> Array:
+        have = _extent(output)
+        times = Fraction(have[0], self.target[0])
+        if have[1] != self.target[1] * times:
             raise ShapeError("output", None, output.shape, f"must be {self.target} times a number")
         if not self.policy.restore:
             return output
-        height, width = (max(1, round(side * times)) for side in self.size)
+        size = _at_least_1(_scaled(self.size, times))
         if self.policy.mode == "pad":
-            output = output[tuple(slice(n) for n in _times(self.content, times, output.shape[:2]))]
+            output = _cut(output, (0, 0), _at_least_1(_scaled(self.content, times)))
         elif self.box != self.size:
-            output = _middle(output, _within(output.shape[:2], (height, width)))
-        return _smooth(output, (height, width))
+            middle = _within(have, size)
+            output = _cut(output, ((have[0] - middle[0]) // 2, (have[1] - middle[1]) // 2), middle)
+        return scaled(output, size)
 
 
 def fit_longest(side: int, upscale: bool = False) -> SizePolicy:
@@ -244,34 +255,47 @@ def _size(name: str, size: Size) -> Size:
     sides = [side.item() if isinstance(side, np.integer) else side for side in (height, width)]
     if not all(type(side) is int and side >= 0 for side in sides):
         raise OptionError(f"{name} is (height, width), whole numbers of pixels, not {size!r}")
-    if 0 in sides:
-        raise ShapeError("image", sides.index(0), 0, f"{name} must have pixels")
     return sides[0], sides[1]
 
 
-def _scaled(size: Size, mul: int, div: int) -> Size:
-    """Sides times mul / div, to the nearest whole number."""
-    height, width = ((2 * side * mul + div) // (2 * div) for side in size)
+def _extent(image: Array) -> Size:
+    """Height and width. Raises `OptionError` for what is no HW or HWC array."""
+    if not isinstance(image, np.ndarray):
+        raise OptionError(f"images are arrays, HW or HWC, not {type(image).__name__}")
+    if image.ndim not in (2, 3) or image.size == 0:
+        raise ShapeError("image", None, image.shape, "must be (height, width) or (height, width, channels)")
+    return image.shape[0], image.shape[1]
+
+
+def _checked(image: Array) -> Array:
+    _extent(image)
+    if image.dtype.name not in ("uint8", "uint16") and image.dtype.kind != "f":
+        raise OptionError(f"images are uint8, uint16 or float, not {image.dtype}; *_mask takes any")
+    return image
+
+
+def _scaled(size: Size, scale: Fraction) -> Size:
+    """Sides times a number, to the nearest whole one."""
+    height, width = (math.floor(side * scale + Fraction(1, 2)) for side in size)
     return height, width
 
 
-def _times(size: Size, at: Fraction | float, most: Size) -> Size:
-    """Sides times `at`, to the nearest whole number from 1 to `most`."""
-    height, width = (min(max(1, round(Fraction(at) * n)), m) for n, m in zip(size, most, strict=True))
-    return height, width
+def _at_least_1(size: Size) -> Size:
+    return max(1, size[0]), max(1, size[1])
 
 
 def _within(size: Size, aspect: Size) -> Size:
     """The largest size of this aspect, to the nearest pixel, that fits into `size`."""
-    if size[0] * aspect[1] > size[1] * aspect[0]:  # taller
-        return max(1, _scaled(aspect, size[1], aspect[1])[0]), size[1]
-    return size[0], max(1, _scaled(aspect, size[0], aspect[0])[1])
+    scale = min(Fraction(size[0], aspect[0]), Fraction(size[1], aspect[1]))
+    return _at_least_1(_scaled(aspect, scale))
 
 
 def _smooth(image: Array, size: Size) -> Array:
     if image.shape[:2] == size:
         return image
-    low, high = image.min(), image.max()
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    if not (np.isfinite(low) & np.isfinite(high)).all():
+        raise ImageError("what is to be scaled holds NaN or infinity, which would spread")
     planes = image if image.ndim == 3 else image[:, :, None]
     values = resize(to_float(planes), *size).reshape(*size, *image.shape[2:])
     made = values.astype(image.dtype) if image.dtype.kind == "f" else quantise(values, image.dtype)
@@ -296,8 +320,9 @@ def _pad(image: Array, size: Size) -> Array:
     return np.pad(image, [*beyond, *[(0, 0)] * (image.ndim - 2)], "symmetric")
 
 
-def _middle(image: Array, size: Size) -> Array:
-    top, left = ((have - n) // 2 for n, have in zip(size, image.shape[:2], strict=True))
+def _cut(image: Array, begins: Size, size: Size) -> Array:
+    """Less where the image ends before: one that is tied to the picture may be rounded down."""
+    top, left = (max(0, min(b, have - n)) for b, have, n in zip(begins, image.shape[:2], size, strict=True))
     return image[top : top + size[0], left : left + size[1]]
 
 

@@ -76,6 +76,8 @@ class Work:
         progress: Progress | None,
         cancelled: Callable[[], bool],
     ) -> None:
+        if not (progress is None or callable(progress)):
+            raise OptionError(f"progress must be a function, not {type(progress).__name__}")
         self.session, self.spec, self.rows, self.dtype = session, session.spec, rows, dtype
         self.progress, self.cancelled = progress, cancelled
         self.scale = image_scale(self.spec)

@@ -367,3 +367,17 @@ def test_a_file_does_not_tell_where_it_was_made(tmp_path: Path) -> None:
     for made in (file, anysize.models.bundled_file("default", ".onnx")):
         for place in (Path(__file__).parent, Path(torch.__file__).parent, Path(anysize.__file__).parent):
             assert str(place).encode() not in made.read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [(), 0, (1, 0), (0, float("inf")), (0, 1e39), "ab", (0, 1, 2), (None, 1)])
+def test_a_range_that_is_none(wrong: object) -> None:
+    with pytest.raises(OptionError, match="least and the largest"):
+        export(toys.Nearest(), Path("m.onnx"), inputs=[("n", 3, "h", "w")], value_range=wrong)
+
+
+def test_the_range_of_a_module(tmp_path: Path) -> None:
+    module = toys.Nearest()
+    module.value_range = (-1, 1)
+    for given, found in ((None, (-1.0, 1.0)), (np.array([0.0, 255.0]), (0.0, 255.0))):
+        file = export(module, tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")], value_range=given)
+        assert anysize.load(file, backend=GRAPH_ENGINES[0]).spec.value_range == found

@@ -245,3 +245,20 @@ def test_models_that_make_no_picture_are_refused(tmp_path: object) -> None:
     spec = image_spec(channels=5)
     with pytest.raises(anysize.ModelLoadError, match="not a picture-to-picture model"):
         Upscaler(numpy_session(nearest(1), spec))
+
+
+@pytest.mark.parametrize("size", [(40, 30), (101, 77), (300, 90), (90, 300), (99, 76), (400, 308)])
+def test_resizing_keeps_everything_in_place(size: tuple[int, int]) -> None:
+    """Whether it shrinks or grows: ramps stay where the middles of pixels lie."""
+    from anysize.pixels import resize
+
+    have = (100, 77)
+    ramps = np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in have), indexing="ij"), -1)
+    resized = resize(ramps, *size)
+    for axis in (0, 1):
+        places = (np.arange(size[axis]) + 0.5) * have[axis] / size[axis] - 0.5
+        inner = (places > 6) & (places < have[axis] - 7)
+        line = resized[:, size[1] // 2, 0] if axis == 0 else resized[size[0] // 2, :, 1]
+        # libvips has its kernels at a number of places between two pixels only
+        assert np.abs(line - places)[inner].max() < 1 / 32
+        assert abs((line - places)[inner].mean()) < 0.002

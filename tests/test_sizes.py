@@ -10,7 +10,7 @@ import anysize
 import numpy as np
 import pytest
 import toys
-from anysize import OptionError, ShapeError, SizePolicy, fit_longest
+from anysize import ImageError, OptionError, ShapeError, SizePolicy, fit_longest
 from anysize.sizes import PRESETS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -86,7 +86,7 @@ def test_longest_side() -> None:
         assert fit.plan((n, 7)).apply(noise((n, 7))).shape == (512, max(1, round(7 * 512 / n)))
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(SIZES, st.sampled_from([*PRESETS.values(), SizePolicy(8, "nearest"), SizePolicy(16, mode="crop")]))
 def test_any_size_comes_back(size: tuple[int, int], policy: SizePolicy) -> None:
     """Or is refused, where a side would be 0."""
@@ -174,6 +174,70 @@ def test_what_is_tied_to_a_picture_stays_where_it_is(policy: SizePolicy) -> None
         assert (abs(mask - exact)[inner] <= 1.25 * step).all()
 
 
+def test_a_middle_that_begins_at_an_odd_pixel() -> None:
+    """At twice the size it begins at twice the pixel, not at the middle of twice the size."""
+    plan = SizePolicy(8, mode="crop").plan((755, 1001))
+    picture = noise((755, 1001))
+    twice = picture.repeat(2, 0).repeat(2, 1)
+    np.testing.assert_array_equal(plan.apply(twice, 2), plan.apply(picture).repeat(2, 0).repeat(2, 1))
+    np.testing.assert_array_equal(plan.apply_mask(twice, 2), plan.apply(twice, 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, st.sampled_from([20, 100, 512]), st.booleans(), st.booleans())
+def test_padding_never_cuts(size: tuple[int, int], most: int, upscale: bool, square: bool) -> None:
+    policy = SizePolicy(16, "ceil", mode="pad", max_side=most, upscale=upscale, square=square)
+    try:
+        plan = policy.plan(size)
+    except ShapeError:
+        assert min(size) * most < max(size)  # it would be less than half a pixel
+        return
+    assert all(content <= target for content, target in zip(plan.content, plan.target, strict=True))
+    assert max(plan.content) == (most if upscale or max(size) > most else max(size))
+    assert max(plan.target) < max(plan.content) + 16
+
+
+def test_there_and_back_is_in_place() -> None:
+    """No shift by part of a pixel, whichever way it is scaled; a mask goes the same way."""
+    places = np.mgrid[:300, :200].transpose(1, 2, 0).astype(np.float32)
+    for policy in (
+        SizePolicy(max_side=128),
+        SizePolicy(max_side=600, upscale=True),
+        SizePolicy(64, "ceil"),
+        SizePolicy(mode="bin", bins=((450, 300), (300, 450))),
+        SizePolicy(mode="pad", square=True, max_side=97),
+    ):
+        plan = policy.plan((300, 200))
+        inner = slice(20, -20), slice(20, -20)
+        assert np.abs(plan.invert(plan.apply(places)) - places)[inner].max() < 0.1
+        back = plan.invert_mask(plan.apply_mask(places))
+        assert np.abs(back - places)[inner].max() <= max(1, 300 / min(plan.content))
+        assert abs((back - places)[inner].mean()) <= 0.5
+
+
+def test_masks_come_back_as_masks() -> None:
+    plan = SizePolicy.preset("anytext").plan((551, 754))
+    labels = (noise((551, 754)) // 100 * 7).astype(np.int64)
+    back = plan.invert_mask(plan.apply_mask(labels))
+    assert back.shape == labels.shape
+    assert back.dtype == np.int64
+    assert set(np.unique(back)) <= {0, 7, 14}
+    with pytest.raises(OptionError, match="not int64"):
+        plan.invert(plan.apply_mask(labels))
+
+
+def test_each_channel_keeps_to_its_own_values() -> None:
+    mixed = np.zeros((100, 131, 2), np.float32)
+    mixed[40:60, 40:60, 0] = 1
+    mixed[..., 1] = noise((100, 131), dtype=np.float32) * 10 - 5
+    for side in (70, 200):
+        fitted = SizePolicy(max_side=side, upscale=True).plan((100, 131)).apply(mixed)
+        assert (fitted[..., 0].min(), fitted[..., 0].max()) == (0, 1)
+    mixed[3, 3, 1] = np.nan
+    with pytest.raises(ImageError, match="NaN"):
+        SizePolicy(max_side=70).plan((100, 131)).apply(mixed)
+
+
 def test_latents_are_no_pictures() -> None:
     """Any number of channels, any values; and no more overshoot than there was."""
     plan = SizePolicy.preset("anytext").plan((551, 754))
@@ -183,7 +247,7 @@ def test_latents_are_no_pictures() -> None:
     assert fitted.dtype == np.float32
     assert latent.min() <= fitted.min() < -1
     assert 1 < fitted.max() <= latent.max()
-    assert plan.apply(latent[:68], 1 / 8).shape == fitted.shape
+    assert plan.apply(latent[:68], np.float32(1 / 8)).shape == fitted.shape
     labels = np.arange(551 * 754, dtype=np.int64).reshape(551, 754)
     assert plan.apply_mask(labels).dtype == np.int64
     assert plan.apply_mask(labels > 9).dtype == bool
@@ -208,11 +272,18 @@ def test_refused() -> None:
         plan.invert(plan.apply(picture)[:-1])
     with pytest.raises(ShapeError):
         plan.invert(np.zeros(5))
-    for at in (0, -1, float("nan"), float("inf"), "x", None):
+    for at in (0, -1, float("nan"), float("inf"), "x", "1/0", None):
         with pytest.raises(OptionError, match="positive"):
             plan.apply(picture, at)
-    with pytest.raises(OptionError, match="apply_mask"):
-        plan.apply(picture.astype(np.int32))
+    for kind in (np.int32, bool, complex):
+        for way in (plan.apply, plan.invert):
+            with pytest.raises(OptionError, match="_mask takes any"):
+                way(picture.astype(kind))
+    for way in (plan.apply, plan.apply_mask, plan.invert, plan.invert_mask):
+        with pytest.raises(OptionError, match="arrays, HW or HWC, not list"):
+            way([[1, 2]])
+        with pytest.raises(ShapeError, match="must be"):
+            way(picture[:, :, :0])
     for size in (5, (1, 2, 3), (2.5, 3), ("a", "b"), (-1, 5), (True, 3)):
         with pytest.raises(OptionError, match="height, width"):
             plan.policy.plan(size)
@@ -234,6 +305,10 @@ def test_refused() -> None:
         {"bins": ((1, 2),)},
         {"mode": "bin", "bins": ((1, 2),), "multiple": 8},
         {"mode": "bin", "bins": ((1,),)},
+        {"mode": "bin", "bins": ((0, 4),)},
+        {"mode": "bin", "bins": 5},
+        {"mode": "bin", "bins": ((1, 2),), "rounding": "ceil"},
+        {"min_side": 512, "max_side": 256},
         {"mode": "pad", "multiple": 8},
         {"upscale": True},
     ],
@@ -245,8 +320,9 @@ def test_settings_that_cannot_be_meant(settings: dict) -> None:
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(OptionError, match="anytext, animegan"):
-        SizePolicy.preset("anytxt")
+    for name in ("anytxt", ["anytext"]):
+        with pytest.raises(OptionError, match="anytext, animegan"):
+            SizePolicy.preset(name)
 
 
 def test_a_size_without_a_policy_is_refused_before_the_engine_runs(backend: str) -> None:

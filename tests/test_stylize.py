@@ -24,6 +24,7 @@ from anysize import (
 from anysize.backends import Dim, Rule, get_backend
 from anysize.models import load_weights
 from anysize.models.animegan import AnimeGANv2
+from anysize.pixels import open_picture
 from conftest import ENGINES, ToyBox
 from PIL import Image
 
@@ -139,6 +140,20 @@ def test_alpha_comes_back_as_it_was(tint: anysize.Session) -> None:
     assert grey.shape == (9, 10, 2)
 
 
+def test_alpha_is_cut_as_the_colour_is() -> None:
+    """A policy that takes the middle enlarges it to the picture's size; then alpha has to follow."""
+    identity = toys.numpy_session(lambda x: x, toys.image_spec())
+    stylize = Stylizer(identity, SizePolicy(mode="crop", square=True))
+    picture = np.zeros((300, 900, 4), np.uint8)
+    picture[..., 3] = 1
+    picture[100:200, 400:500] = 255
+    result = stylize(picture)
+    np.testing.assert_array_equal(result[..., 3] > 128, result[..., 0] > 128)
+    reduced = Stylizer(stylize.session, SizePolicy(64))(picture)
+    np.testing.assert_array_equal(reduced[..., 3], picture[..., 3])
+    np.testing.assert_array_equal(reduced[..., 0] > 128, picture[..., 0] > 128)
+
+
 def test_policies(tint: anysize.Session) -> None:
     stylize = Stylizer(tint, "animegan")
     picture = noise(300, 200, 3) // 8 + 100
@@ -149,10 +164,13 @@ def test_policies(tint: anysize.Session) -> None:
     assert Stylizer(tint, SizePolicy(max_side=64, restore=False))(picture).shape == (64, 43, 3)
     with pytest.raises(OptionError, match="no size policy is called 'animgan'"):
         Stylizer(tint, "animgan")
-    with pytest.raises(OptionError, match="policy must be"):
-        Stylizer(tint, 512)
+    for wrong in (512, 0, []):
+        with pytest.raises(OptionError, match="policy must be"):
+            Stylizer(tint, wrong)
     with pytest.raises(anysize.ShapeError):
         Stylizer(tint, SizePolicy(64))(picture[:63])
+    with pytest.raises(OptionError, match="progress must be"):
+        stylize(picture, progress=5)
 
 
 def test_mixed_sizes_in_batches(tint: anysize.Session) -> None:
@@ -171,8 +189,12 @@ def test_mixed_sizes_in_batches(tint: anysize.Session) -> None:
     assert mixed[2].shape == (8, 12)
     with pytest.raises(OptionError, match="most"):
         stylize.batch(pictures, most=0)
-    with pytest.raises(OptionError, match="one by one"):
-        Stylizer(tint, tiling=Tiling(memory="1GiB")).batch(pictures)
+    for tiling in (Tiling(memory="1GiB"), Tiling("tile", 64, 4), Tiling("tile")):
+        with pytest.raises(OptionError, match="one by one"):
+            Stylizer(tint, tiling=tiling).batch(pictures)
+    for one in (pictures[0], Image.fromarray(pictures[0]), None):
+        with pytest.raises(OptionError, match="several pictures"):
+            stylize.batch(one)
 
 
 @pytest.mark.parametrize("engine", GRAPHS)
@@ -247,6 +269,11 @@ def test_results_are_kept_by_all_they_follow_from(toybox: ToyBox, tmp_path: Path
         stylize(image)
         assert stylize.session.stats.calls == calls + 1
     assert len(list((tmp_path / "results").iterdir())) == 1 + len(others)
+    steps: list[tuple[int, int]] = []
+    again(picture, progress=lambda *step: steps.append(step))
+    assert steps == [(1, 1)]
+    with pytest.raises(anysize.Cancelled):
+        again(picture, cancel=lambda: True)
     result[:] = 0  # the caller's own
     assert again(picture).any()
     batch = again.batch([picture, noise(20, 24, 3, seed=2), others[0][1]])
@@ -266,8 +293,32 @@ def test_the_cache_is_bounded_and_survives_damage(tint: anysize.Session, tmp_pat
     assert cache.get("9") is None
     with pytest.raises(OptionError, match="limit"):
         ResultCache(tmp_path, limit=0)
+    with pytest.raises(OptionError, match="folder"):
+        ResultCache(5)
+    with pytest.raises(OptionError, match="arrays of numbers"):
+        cache.put(np.array([None]), "1")
+    with pytest.raises(OptionError, match="cache must be"):
+        Stylizer(tint, cache=str(tmp_path))
     with pytest.raises(OptionError, match="nothing tells this model"):
         Stylizer(tint if tint.backend == "torch" else anysize.load(Tint(), backend="torch"), cache=cache)
+
+
+@pytest.mark.parametrize(
+    "other", [np.zeros((2, 2, 3), np.uint8), np.zeros((20, 24, 3)), np.zeros(5, np.uint8), b"", b"junk"]
+)
+def test_an_entry_that_does_not_fit_is_not_returned(toybox: ToyBox, tmp_path: Path, other: object) -> None:
+    cache = ResultCache(tmp_path)
+    stylize = Stylizer(toybox.file("WholePicture"), cache=cache)
+    picture = noise(20, 24, 3)
+    key = stylize._key(open_picture(picture))
+    if isinstance(other, bytes):
+        cache._cache.put(other, *key)
+    else:
+        cache.put(other, *key)
+    want = Stylizer(stylize.session)(picture)
+    np.testing.assert_array_equal(stylize.batch([picture])[0], want)
+    cache._cache.put(b"again", *key)
+    np.testing.assert_array_equal(stylize(picture), want)
 
 
 @pytest.mark.skipif(len(GRAPHS) < 2, reason="needs two engines")

@@ -92,5 +92,5 @@ def test_kinds_of_pictures_keep_their_kind(assets: Path, tmp_path: Path, name: s
 
 @pytest.mark.parametrize("weights", ["DITN_Real_x4.pth", "realcugan-se-up2x-no-denoise.safetensors"])
 def test_other_architectures_are_refused_by_name(assets: Path, weights: str) -> None:
-    with pytest.raises(anysize.ModelLoadError, match="neither RRDBNet nor SRVGGNetCompact"):
+    with pytest.raises(anysize.ModelLoadError, match="is none of RRDBNet, SRVGGNetCompact and AnimeGANv2"):
         anysize.load(assets / "weights" / weights)

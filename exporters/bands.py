@@ -87,7 +87,6 @@ def band_model(model: Model) -> BandModel:
     """
     try:
         import onnx
-        import onnx.reference
     except ImportError as error:
         raise BackendUnavailableError(
             f"streaming reads the model with onnx: pip install onnx ({error})", name="onnx"
@@ -141,7 +140,7 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
     shapes = []
     for tall, wide in _SIZES:
         shape = (1, spec.channels or 0, _size(spec, 2, tall), _size(spec, 3, wide))
-        shapes.append(infer_shapes(onnx, proto, {spec.inputs[0].name: shape}))
+        shapes.append(infer_shapes(proto, {spec.inputs[0].name: shape}))
     weights = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
     name = spec.inputs[0].name
     network = _Network(proto, spec, {name: _tensor(name, shapes, name)}, [])

@@ -28,7 +28,7 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
     if graph is None:
         return None
     onnx, proto = graph
-    known = infer_shapes(onnx, proto, shapes)
+    known = infer_shapes(proto, shapes)
     weights = {w.name: _bytes(onnx, tuple(w.dims), w.data_type) for w in proto.graph.initializer}
     held = {name: _bytes(onnx, *value) for name, value in known.items() if name not in weights}
     last_read = {name: i for i, node in enumerate(proto.graph.node) for name in node.input}
@@ -49,7 +49,6 @@ def _read(model: Model) -> tuple[Any, Any] | None:
         return None
     try:
         import onnx
-        import onnx.reference
     except ImportError:
         return None
     return onnx, onnx.load_model_from_string(model.data)
@@ -64,7 +63,7 @@ def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None
     if graph is None:
         return None
     onnx, proto = graph
-    known = infer_shapes(onnx, proto, model.spec.input_shapes(sizes))
+    known = infer_shapes(proto, model.spec.input_shapes(sizes))
     done = moved = 0
     for node in proto.graph.node:
         if any(name not in known for name in (*node.input, *node.output) if name):
@@ -81,14 +80,14 @@ def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None
     return done, moved
 
 
-def infer_shapes(
-    onnx: Any, proto: Any, inputs: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[tuple[int, ...], int]]:
+def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[tuple[int, ...], int]]:
     """Shape and element type of every tensor that can be told for inputs of these shapes.
 
     Sizes that a graph computes from its input's are computed too, which onnx's own inference over a whole
     graph does for a few operators only.
     """
+    import onnx.reference
+
     opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     types: dict[str, Any] = {}
     values: dict[str, Any] = {}

@@ -13,7 +13,7 @@ import sys
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from anysize.backends.errors import (
@@ -33,6 +33,9 @@ from rich.table import Table
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 #: faults of an engine or a conversion, as opposed to a wrong request
 _FAULTS = (ExecutionError, IntegrityError, ExportError)
+
+if TYPE_CHECKING:
+    from anysize.tiling import Method as TilingMethod
 
 app = typer.Typer(
     name="anysize",
@@ -114,7 +117,7 @@ def upscale(
     calibration: Calibration = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda with torch.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
-    method: Annotated[str, typer.Option(help="auto, stream, tile or whole.")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, stream, tile, whole or lockstep.")] = "auto",
     tile: Annotated[int | None, typer.Option(help="Side of a tile, or rows of a band.")] = None,
     overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
@@ -174,7 +177,7 @@ def _interrupt(cancel: threading.Event) -> None:
     cancel.set()
 
 
-def _literal(method: str) -> Literal["auto", "stream", "tile", "whole"]:
+def _literal(method: str) -> TilingMethod:
     return method  # type: ignore[return-value]  # Tiling checks it
 
 

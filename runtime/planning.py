@@ -15,6 +15,7 @@ from anysize.backends.errors import (
 )
 from anysize.backends.spec import Dim
 from anysize.exporters.radius import image_step
+from anysize.lockstep import TILE, LockstepRunner
 from anysize.session import Session
 from anysize.streaming import BandRunner
 from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans
@@ -46,7 +47,8 @@ Inputs = Callable[[], list[Array]]
 class Plan:
     """How one picture runs, and why. All sizes in input pixels.
 
-    `cut`: the tiles, for the methods tile (and whole, which is one); `bands` runs `strips` (an extent and the
+    `cut`: the tiles, for the methods tile (and whole, which is one); `stages` runs tiles of `tile` rows, for
+    the method lockstep; `bands` runs `strips` (an extent and the
     columns it is cut in) of `tile` rows, for the method stream. `streams` strips or tiles run at the same
     time. The rest as in `Report`.
     """
@@ -61,6 +63,7 @@ class Plan:
     bands: BandRunner | None = None
     strips: tuple[int, tuple[Span, ...]] = (0, ())
     streams: int = 1
+    stages: LockstepRunner | None = None
 
 
 def make_plan(session: Session, tiling: Tiling, height: int, width: int, held: int, inputs: Inputs) -> Plan:
@@ -208,10 +211,12 @@ class _Planner:
 
     def plan(self, inputs: Inputs) -> Plan:
         method = self.tiling.method
-        if method == "tile" and self.fixed:
+        if method in ("tile", "lockstep") and self.fixed:
             raise OptionError(
                 f"this model takes one size only ({self.spec.inputs[0]}), so it cannot be tiled"
             )
+        if method == "lockstep":
+            return self._in_lockstep("as asked")
         if self.may_stream():
             streamed = self.streamed()
             if streamed is not None:
@@ -236,11 +241,34 @@ class _Planner:
             if not cost:
                 cut = grid(self.height, self.width, max(self.height, self.width), 0, self.steps)
                 return Plan("whole", reason, cut=cut)
-            if self.tiling.method == "whole" or not self.spec.tileable:
+            if self.tiling.method == "whole":
                 raise MemoryBudgetError(self._short(cost))
+            if not self.spec.tileable:
+                return self._or_in_lockstep(cost)
             reason = self._short(cost)
         plan = self._tiled(inputs)
         return replace(plan, reason="; ".join(filter(None, (reason, plan.reason))))
+
+    def _or_in_lockstep(self, cost: int) -> Plan:
+        """Where the whole takes too much memory and plain tiles would change the result."""
+        try:
+            return self._in_lockstep(self._short(cost))
+        except (NotStreamable, BackendUnavailableError) as error:
+            raise MemoryBudgetError(f"{self._short(cost)}; {error}") from error
+
+    def _in_lockstep(self, reason: str) -> Plan:
+        """The whole picture's result in tiles of rows, smaller ones where memory asks for it."""
+        stages = self.session.lockstep()
+        rows = min(self.tiling.tile or TILE, self.height)
+        while self.spare is not None:
+            cost = stages.bytes(self.height, self.width, rows) + _ENGINE
+            if cost <= self.spare:
+                break
+            if self.tiling.tile is not None or rows <= _SMALLEST_TILE:
+                raise MemoryBudgetError(self._short(cost))
+            rows = max(_SMALLEST_TILE, rows // 2)
+        reason += "; all tiles go through each stage of the model together, which is exact"
+        return Plan("lockstep", reason, rows, 0, stages=stages)
 
     def _fits(self, height: int, width: int, streams: int = 1) -> int:
         """0 if a program for this size stays within the memory allowed, else the bytes it takes."""
@@ -265,8 +293,8 @@ class _Planner:
         if self.spec.radius is None or not self.spec.tileable:
             raise OptionError(
                 "this model has no known receptive radius (it looks at the whole picture, or its file does "
-                "not tell), so exact tiles are impossible; use method 'whole', or insist with an overlap in "
-                "pixels"
+                "not tell), so exact tiles are impossible; use method 'whole', or 'lockstep' where it is for "
+                "statistics of the whole picture, or insist with an overlap in pixels"
             )
         radius = self.spec.radius
         if self.tiling.method == "tile" or self.tiling.tile is not None:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -30,8 +30,11 @@ from anysize.guard import ShapeGuard, Stats, Strategy, log
 from anysize.sources import Source, choose_backend, open_source, version_of
 
 if TYPE_CHECKING:
+    from anysize.lockstep import LockstepRunner
     from anysize.streaming import BandRunner
     from anysize.tuning import Tuned
+
+    Runner = TypeVar("Runner", BandRunner, LockstepRunner)
 
 #: programs kept at once
 LIVE = 4
@@ -247,7 +250,7 @@ class Session:
         self.streams: int | None = None
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
-        self._bands: BandRunner | AnysizeError | None = None
+        self._apart: dict[type, BandRunner | LockstepRunner | AnysizeError] = {}
         self._closed = False
 
     @property
@@ -266,9 +269,8 @@ class Session:
     def stats(self) -> Stats:
         """Counters so far, those of fallbacks added; names are of the first engine."""
         total = self._guards[0].stats()
-        bands = self._bands
-        banded = [] if bands is None or isinstance(bands, AnysizeError) else bands.stats()
-        for stats in (*(guard.stats() for guard in self._guards[1:]), *banded):
+        apart = [stats for runner in self._runners() for stats in runner.stats()]
+        for stats in (*(guard.stats() for guard in self._guards[1:]), *apart):
             for name in ("calls", "compiles", "cache_hits", "evictions", "discarded", "live"):
                 setattr(total, name, getattr(total, name) + getattr(stats, name))
             total.compile_seconds += stats.compile_seconds
@@ -323,21 +325,37 @@ class Session:
         """The model in bands, on the first engine. Raises `NotStreamable`, `BackendUnavailableError`."""
         from anysize.streaming import BandRunner
 
+        return self._taken_apart(BandRunner)
+
+    def lockstep(self) -> LockstepRunner:
+        """The model in stages, on the first engine. Raises `NotStreamable`, `BackendUnavailableError`."""
+        from anysize.lockstep import LockstepRunner
+
+        return self._taken_apart(LockstepRunner)
+
+    def _taken_apart(self, kind: type[Runner]) -> Runner:
+        """Made once; what keeps a model from it does so each time."""
         with self._lock:
             if self._closed:
                 raise OptionError("this session is closed")
-            if self._bands is None:
+            if kind not in self._apart:
                 try:
-                    self._bands = BandRunner(self._guards[0])
+                    self._apart[kind] = kind(self._guards[0])
                 except AnysizeError as error:
-                    self._bands = error
+                    self._apart[kind] = error
                 except Exception as error:  # a graph stranger than the pass foresees
                     text = f"the graph cannot be taken apart: {type(error).__name__}: {error}"
-                    self._bands = NotStreamable(text)
+                    self._apart[kind] = NotStreamable(text)
                     log.warning("%s", text, exc_info=True)
-            if isinstance(self._bands, AnysizeError):
-                raise self._bands.with_traceback(None)
-            return self._bands
+            found = self._apart[kind]
+        if isinstance(found, AnysizeError):
+            raise found.with_traceback(None)
+        assert isinstance(found, kind)
+        return found
+
+    def _runners(self) -> list[BandRunner | LockstepRunner]:
+        with self._lock:
+            return [runner for runner in self._apart.values() if not isinstance(runner, AnysizeError)]
 
     def working_bytes(self, sizes: Mapping[str, int]) -> int | None:
         """An estimate of the memory a run of these sizes takes; None where the graph cannot be read."""
@@ -377,8 +395,8 @@ class Session:
             self._closed = True
         for guard in self._guards:
             guard.close()
-        if self._bands is not None and not isinstance(self._bands, AnysizeError):
-            self._bands.close()
+        for runner in self._runners():
+            runner.close()
 
     def __enter__(self) -> Session:
         return self

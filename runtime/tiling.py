@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from anysize.backends.base import Array
@@ -27,34 +27,40 @@ from anysize.session import Session
 Put = Callable[[int, int, Array], Any]
 
 
+Method = Literal["auto", "stream", "tile", "whole", "lockstep"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a picture is cut.
 
     `method`: "stream" runs bands of rows through a model taken apart for it, "tile" tiles, "whole" the
-    picture at once; "auto" streams where the model allows, small pictures whole, and tiles otherwise.
-    "stream" and "whole" give the same result. `tile`: side in input pixels of the part of a tile that is
-    kept, or rows of a band (None: chosen). `overlap` of tiles: "exact" is a halo of the model's receptive
-    radius, which gives the whole-picture result; an integer is a halo of that many pixels, and asking for
-    one below the radius is accepting an error, which is then measured and reported. `memory`: the most
-    the process may hold, in bytes or as text such as "2GiB" (None: no limit); kept by estimates of what
+    picture at once, "lockstep" all tiles through each stage of a model with statistics of the whole picture,
+    which may not be tiled otherwise; "auto" streams where the model allows, small pictures whole, and tiles
+    otherwise, in lockstep where memory is limited to less than the whole takes. "stream", "lockstep" and
+    "whole" give the same result. `tile`: side in input pixels of the part of a tile that is kept, or rows of
+    a band or of a tile in lockstep (None: chosen). `overlap` of tiles: "exact" is a halo of the model's
+    receptive radius, which gives the whole-picture result; an integer is a halo of that many pixels, and
+    asking for one below the radius is accepting an error, which is then measured and reported. `memory`: the
+    most the process may hold, in bytes or as text such as "2GiB" (None: no limit); kept by estimates of what
     engines take, which were measured on the safe side.
     """
 
-    method: Literal["auto", "stream", "tile", "whole"] = "auto"
+    method: Method = "auto"
     tile: int | None = None
     overlap: Literal["exact"] | int = "exact"
     memory: int | str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("auto", "stream", "tile", "whole"):
-            raise OptionError(f"method must be auto, stream, tile or whole, not {self.method!r}")
+        if self.method not in METHODS:
+            raise OptionError(f"method must be one of {', '.join(METHODS)}, not {self.method!r}")
         if self.tile is not None and (type(self.tile) is not int or self.tile < 1):
             raise OptionError(f"tile must be a positive number of pixels, not {self.tile!r}")
         if self.overlap != "exact" and (type(self.overlap) is not int or self.overlap < 0):
             raise OptionError(f"overlap must be 'exact' or a number of pixels >= 0, not {self.overlap!r}")
-        if self.overlap != "exact" and self.method == "stream":
-            raise OptionError("bands do not overlap: leave overlap at 'exact' with method 'stream'")
+        if self.overlap != "exact" and self.method in ("stream", "lockstep"):
+            raise OptionError(f"leave overlap at 'exact' with method '{self.method}', which has none")
         object.__setattr__(self, "memory", parse_bytes(self.memory))
 
 

@@ -101,10 +101,13 @@ class Upscaler:
         work.plan = make_plan(session, self.tiling, *work.padded, held, work.inputs)
         result = np.empty(shape, dtype)
         done = False
-        if work.plan.bands is not None:
+        if work.plan.bands is not None or work.plan.stages is not None:
             try:
-                for top, band in work.stream():
-                    result[top : top + len(band)] = band
+                if work.plan.stages is not None:
+                    work.lockstep(result)
+                else:
+                    for top, band in work.stream():
+                        result[top : top + len(band)] = band
                 done = True
             except (ExecutionError, IntegrityError) as error:
                 if not session.fall_back(error):

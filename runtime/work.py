@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +13,7 @@ from anysize.backends import Dim, ModelSpec
 from anysize.backends.base import Array
 from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
 from anysize.exporters.radius import image_step
+from anysize.lockstep import LockstepRun
 from anysize.pixels import constant_runs, fill_hidden, quantise, split
 from anysize.planning import Plan
 from anysize.session import Session
@@ -184,7 +187,7 @@ class Work:
         if self.progress is not None:
             self.progress(self.done, total)
 
-    # -- the two ways
+    # -- the three ways
 
     def tiles(self, result: Array) -> None:
         """Whole or in tiles, into `result`."""
@@ -205,11 +208,35 @@ class Work:
             self.engine_seconds += run_grid(self.session, planes, cut, put, self.cancelled, self.plan.streams)
             if self.cancelled():
                 raise Cancelled("cancelled after the last tile")
+        self._finish_alpha(result)
+
+    def _finish_alpha(self, result: Array) -> None:
+        """Of a whole result: what did not go through the model, and what is wholly opaque or transparent."""
         self._flat_alpha(result)
         if self.alpha:
             alpha = split(self.rows.read(0, self.rows.height))[1]
             assert alpha is not None
             self._clean_alpha(result, 0, alpha, 0)
+
+    def lockstep(self, result: Array) -> None:
+        """In tiles that wait for each other at each stage of the model, into `result`."""
+        plan = self.plan
+        assert plan.stages is not None
+        self.done = 0
+        self.above = None
+        parts = self.inputs()
+        for i, planes in enumerate(parts):
+            channels = self._channels(i, len(parts))
+
+            def put(top: int, values: Array, channels: slice = channels) -> None:
+                into = result[top : top + values.shape[1], :, channels]
+                self.store(values[:, : into.shape[0], : into.shape[1]], into)
+
+            with closing(LockstepRun(plan.stages, planes, plan.tile or 1)) as run:
+                total = len(parts) * run.steps
+                run.run(put, self.cancelled, partial(self._step_done, total))
+                self.engine_seconds += run.engine_seconds
+        self._finish_alpha(result)
 
     def stream(self) -> Iterator[tuple[int, Array]]:
         """In bands: yields (first row, rows of the result), from the top down."""

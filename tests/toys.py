@@ -9,6 +9,7 @@ import torch
 from anysize.backends import Backend, Dim, EngineOptions, Executable, Model, ModelSpec, Rule, TensorSpec
 from anysize.backends.base import Array, Feeds, Shapes
 from anysize.guard import ShapeGuard
+from anysize.models.animegan import AnimeGANv2
 from anysize.session import Session
 from torch import nn
 from torch.nn import functional as F
@@ -53,6 +54,12 @@ class Unshuffle(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.conv(F.pixel_unshuffle(x, self.factor)))
         return F.pixel_shuffle(y, self.factor)
+
+
+def Anime(align_corners: int) -> nn.Module:
+    """The real generator with random weights, always the same."""
+    torch.manual_seed(0)
+    return AnimeGANv2(bool(align_corners)).eval()
 
 
 class Windows(nn.Module):

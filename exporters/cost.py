@@ -23,7 +23,10 @@ def working_bytes(model: Model, sizes: Mapping[str, int]) -> int | None:
     assert model.spec is not None
     shapes = model.spec.input_shapes(sizes)
     if model.format == "module":
-        return _module_bytes(model.data, shapes)
+        try:
+            return _module_bytes(model.data, shapes)
+        except Exception:  # one that does not run without data
+            return None
     graph = _read(model)
     if graph is None:
         return None

@@ -300,7 +300,7 @@ def tune(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Measure on this machine what runs a model fastest, and keep it for all later runs; about 20 seconds."""
+    """Measure on this machine what runs a model fastest, and keep it for later runs; half a minute."""
     from anysize.session import Options, load
     from anysize.tuning import is_kept
     from anysize.tuning import tune as measure
@@ -318,7 +318,9 @@ def tune(
     if as_json:
         print(tuned.to_json())  # noqa: T201
         return OK
-    table = Table(title=f"{model} on {engine} {precision}; {tuned.max_live} programs may stay alive")
+    memory = f"{tuned.held.factor:.2f} x the tensors alive at once" if tuned.held else "not measured"
+    title = f"{model} on {engine} {precision}; {tuned.max_live} programs may stay alive; memory: {memory}"
+    table = Table(title=title)
     for column in ("method", "at a time", "pixels each", "input Mpx/s without halos"):
         table.add_column(column, justify="right")
     for s in sorted(tuned.speeds, key=lambda s: -s.per_second):

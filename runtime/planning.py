@@ -16,6 +16,7 @@ from anysize.backends.errors import (
 from anysize.backends.spec import Dim
 from anysize.exporters.radius import image_step
 from anysize.lockstep import TILE, LockstepRunner
+from anysize.memory import available, resident
 from anysize.session import Session
 from anysize.streaming import BandRunner
 from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans
@@ -71,20 +72,29 @@ def make_plan(session: Session, tiling: Tiling, height: int, width: int, held: i
 
     Raises `OptionError` for a request the model cannot serve, `NotStreamable`, `MemoryBudgetError`.
     """
-    return _Planner(session, tiling, height, width, held).plan(inputs)
+    planner = _Planner(session, tiling, height, width, held)
+    if not planner.limited and planner.spare < 0:
+        raise MemoryBudgetError(planner.short(0))
+    return planner.plan(inputs)
+
+
+def fit_together(session: Session, height: int, width: int, held: int, most: int) -> int:
+    """How many padded pictures of this size, `most` at most, can run at once in the memory that is left.
+
+    Raises `MemoryBudgetError` where not even one can.
+    """
+    planner = _Planner(session, Tiling("whole"), height, width, held)
+    for count in range(most, 0, -1):
+        cost = planner.fits(height, width, count)
+        if not cost:
+            return count
+    raise MemoryBudgetError(planner.short(cost))
 
 
 def stream_plan(session: Session, tiling: Tiling, height: int, width: int, held: int) -> Plan | None:
     """The same where bands will run, which needs no look at the pixels; else None."""
     planner = _Planner(session, tiling, height, width, held)
     return planner.streamed() if planner.may_stream() else None
-
-
-def _resident() -> int:
-    """Bytes of memory this process holds now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
 
 
 class _Planner:
@@ -95,11 +105,11 @@ class _Planner:
         self.fixed = any(isinstance(s, int) for s in self.spec.inputs[0].shape[2:])
         self.asked = tiling.tile is not None or tiling.overlap != "exact"
         self.why_not = ""  # no bands
-        budget = tiling.memory
-        assert budget is None or isinstance(budget, int)
-        self.budget = budget
-        self.spoken_for = 0 if budget is None else _resident() + held
-        self.spare = None if budget is None else budget - self.spoken_for
+        assert not isinstance(tiling.memory, str)
+        # without a limit by the caller, the machine's own: nobody wants to be ended by it
+        self.limited, self.held = tiling.memory is not None, held
+        self.budget = available() if tiling.memory is None else tiling.memory
+        self.spare = self.budget - held - (resident() if self.limited else 0)
 
     # -- bands
 
@@ -135,7 +145,7 @@ class _Planner:
             halo = 0 if core >= self.width else radius or 0
             strips = spans(self.width, core, halo, self.steps[1])
             streams = min(streams, len(strips[1]))
-            if self.spare is None:
+            if not self.limited:
                 break
             taken = bands.bytes(self.height, strips[0], rows, len(strips[1]), streams)
             cost = taken + self._beside(rows) + _ENGINE
@@ -148,7 +158,7 @@ class _Planner:
             elif radius is not None and core > max(2 * radius, _SMALLEST_TILE):
                 core = round_up(core // 2, self.steps[1])
             else:
-                self.why_not = self._short(cost)
+                self.why_not = self.short(cost)
                 if self.tiling.method == "stream":
                     raise MemoryBudgetError(self.why_not)
                 return None
@@ -198,13 +208,20 @@ class _Planner:
         pixels = (rows + _BEYOND) * self.width * (self.spec.scale or 1) ** 2
         return 4 * (self.spec.channels or 3) * pixels * _COPIES
 
-    def _short(self, cost: int) -> str:
-        budget = self.budget or 0
-        limit = f"{budget >> 20} MiB" if budget >= 2**20 else f"{budget} bytes"
-        held, need = ((n + 2**20 - 1) >> 20 for n in (self.spoken_for, cost))
+    def short(self, cost: int) -> str:
+        """Why this is too much: what there is, what is needed, and what would do."""
+        budget = f"{self.budget >> 20} MiB" if self.budget >= 2**20 else f"{self.budget} bytes"
+        held, need, now = ((n + 2**20 - 1) >> 20 for n in (self.held, cost, resident()))
+        if self.limited:
+            return (
+                f"a memory limit of {budget} is too little for this picture: {now + held} MiB are taken by "
+                f"the process and the picture, and the model needs about {need} MiB more; allow "
+                f"{now + held + need} MiB"
+            )
         return (
-            f"a memory limit of {limit} is too little for this picture: {held} MiB are taken by the process "
-            f"and the picture, and the model needs about {need} MiB more; allow {held + need} MiB"
+            f"the {budget} of memory that are left here are too little: the picture and its result take "
+            f"{held} MiB and the model about {need} MiB more; make the picture smaller, or insist with a "
+            f"memory limit of {now + held + need} MiB"
         )
 
     # -- the rest
@@ -237,46 +254,45 @@ class _Planner:
             else:
                 method = "tile"
         if method == "whole":
-            cost = self._fits(self.height, self.width)
+            cost = self.fits(self.height, self.width)
             if not cost:
                 cut = grid(self.height, self.width, max(self.height, self.width), 0, self.steps)
                 return Plan("whole", reason, cut=cut)
             if self.tiling.method == "whole":
-                raise MemoryBudgetError(self._short(cost))
+                raise MemoryBudgetError(self.short(cost))
             if not self.spec.tileable:
                 return self._or_in_lockstep(cost)
-            reason = self._short(cost)
+            reason = self.short(cost)
         plan = self._tiled(inputs)
         return replace(plan, reason="; ".join(filter(None, (reason, plan.reason))))
 
     def _or_in_lockstep(self, cost: int) -> Plan:
         """Where the whole takes too much memory and plain tiles would change the result."""
         try:
-            return self._in_lockstep(self._short(cost))
+            return self._in_lockstep(self.short(cost))
         except (NotStreamable, BackendUnavailableError) as error:
-            raise MemoryBudgetError(f"{self._short(cost)}; {error}") from error
+            raise MemoryBudgetError(f"{self.short(cost)}; {error}") from error
 
     def _in_lockstep(self, reason: str) -> Plan:
         """The whole picture's result in tiles of rows, smaller ones where memory asks for it."""
         stages = self.session.lockstep()
         rows = min(self.tiling.tile or TILE, self.height)
-        while self.spare is not None:
-            cost = stages.bytes(self.height, self.width, rows) + _ENGINE
-            if cost <= self.spare:
-                break
+        while (cost := stages.bytes(self.height, self.width, rows) + _ENGINE) > self.spare:
             if self.tiling.tile is not None or rows <= _SMALLEST_TILE:
-                raise MemoryBudgetError(self._short(cost))
+                raise MemoryBudgetError(self.short(cost))
             rows = max(_SMALLEST_TILE, rows // 2)
         reason += "; all tiles go through each stage of the model together, which is exact"
         return Plan("lockstep", reason, rows, 0, stages=stages)
 
-    def _fits(self, height: int, width: int, streams: int = 1) -> int:
+    def fits(self, height: int, width: int, streams: int = 1) -> int:
         """0 if a program for this size stays within the memory allowed, else the bytes it takes."""
-        if self.spare is None:
+        if not self.limited and height * width * streams <= WHOLE_PIXELS:
             return 0
         names = [s.name for s in self.spec.inputs[0].shape[2:] if isinstance(s, Dim)]
         sizes = {name: dim.min for name, dim in self.spec.dims.items()}
         alive = self.session.working_bytes({**sizes, **dict(zip(names, (height, width), strict=False))})
+        if alive is None and not self.limited:
+            return 0
         if alive is None:
             raise MemoryBudgetError(
                 "the memory this model takes cannot be told in advance: convert it to a .onnx file of one "
@@ -284,7 +300,9 @@ class _Planner:
             )
         pixels = height * width * (self.spec.scale or 1) ** 2
         waiting = (streams + 1) * 4 * (self.spec.channels or 3) * pixels if streams > 1 else 0
-        cost = _HELD * alive * streams + waiting + _ENGINE
+        measured = self.session.tuned and self.session.tuned.held
+        alive *= streams
+        cost = (measured.bytes(alive) if measured else _HELD * alive + _ENGINE) + waiting
         return cost if cost > self.spare else 0
 
     def _tiled(self, inputs: Inputs) -> Plan:
@@ -320,11 +338,11 @@ class _Planner:
         """Tiles with their core and halo; a core nobody asked for shrinks into the memory allowed."""
         while True:
             cut = grid(self.height, self.width, core, halo, self.steps)
-            cost = self._fits(*cut.shape)
+            cost = self.fits(*cut.shape)
             if not cost:
                 return cut, core, halo
             if self.tiling.tile is not None or core <= _SMALLEST_TILE:
-                raise MemoryBudgetError(self._short(cost))
+                raise MemoryBudgetError(self.short(cost))
             core = max(_SMALLEST_TILE, core // 2)
 
     def _checked(self, tiles: tuple[Grid, int, int], inputs: Inputs) -> Plan:
@@ -343,7 +361,7 @@ class _Planner:
         tile = max(round_up(core, step) for step in self.steps)
         overlap = max(round_up(halo, step) for step in self.steps)
         streams = min(self._tile_speed(cut).streams, len(cut.rows) * len(cut.columns))
-        while streams > 1 and self._fits(*cut.shape, streams):
+        while streams > 1 and self.fits(*cut.shape, streams):
             streams -= 1
         return Plan("tile", "", tile, overlap, exact, error, cut, streams=streams)
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 #: programs kept at once
 LIVE = 4
+#: sizes whose memory is remembered
+_MOST_SIZES = 256
 #: the guards whose runs gave results, noted in the context of whoever wants to know, and in copies of it
 _ran: ContextVar[WeakSet[ShapeGuard]] = ContextVar("ran")
 PRECISIONS = ("f32", "bf16", "int8", "auto")
@@ -50,7 +52,7 @@ class Options:
     `device`: "cpu", or "cuda" (torch), or a device OpenVINO lists. `threads`: of the engine (None: its
     default). `streams`: strips or tiles of a picture that run at the same time, each on its share of the
     threads (None: what `anysize tune` found, else 1). `max_live`: programs kept at once (None: what it found,
-    else 4). `tune`: measure first, for about 20 seconds and in each precision, where that was not done before
+    else 4). `tune`: measure first, half a minute in each precision, where that was not done before
     and can be; where it cannot, that is logged. `shapes`: "static" compiles per shape, "dynamic" one program
     for all, "auto" static while few are alive. `fallback`: tried in order when the engine fails or returns
     something wrong, as "backend" or "backend:precision"; none unless given, and each use is counted in
@@ -250,6 +252,7 @@ class Session:
         self.streams: int | None = None
         self._fallbacks: list[str] = list(skipped or [])
         self._lock = threading.Lock()
+        self._bytes: dict[tuple[tuple[str, int], ...], int | None] = {}
         self._apart: dict[type, BandRunner | LockstepRunner | AnysizeError] = {}
         self._closed = False
 
@@ -361,7 +364,12 @@ class Session:
         """An estimate of the memory a run of these sizes takes; None where the graph cannot be read."""
         from anysize.exporters.cost import working_bytes
 
-        return working_bytes(self._guards[0].model, sizes)
+        key = tuple(sorted(sizes.items()))
+        if key not in self._bytes:
+            if len(self._bytes) >= _MOST_SIZES:
+                self._bytes.clear()
+            self._bytes[key] = working_bytes(self._guards[0].model, sizes)
+        return self._bytes[key]
 
     def operations(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
         """Operations and bytes moved in a run of these sizes; None where the graph cannot be read."""

@@ -18,6 +18,7 @@ from anysize.backends.base import Array
 from anysize.backends.cache import Cache
 from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
 from anysize.pixels import Picture, fill_hidden, open_picture, quantise, to_float
+from anysize.planning import fit_together
 from anysize.report import Report
 from anysize.session import Options, Session, load, whole_number
 from anysize.sizes import SizePlan, SizePolicy
@@ -171,8 +172,9 @@ class Stylizer:
     def batch(self, images: Iterable[Any], most: int = 8) -> list[Any]:
         """Restyle pictures of mixed sizes, whole: those that come to the same size together, `most` at once.
 
-        Returns them in order. Raises as a call does, and `OptionError` for a `tiling` of other than whole
-        pictures, or with a limit of memory, which would have to be kept for all together.
+        Returns them in order; fewer run at once where there is not memory for more. Raises as a call does,
+        and `OptionError` for a `tiling` of other than whole pictures, or with a limit of memory, which would
+        have to be kept for all together.
         """
         tiling = self._upscale.tiling
         if tiling.memory is not None:
@@ -191,7 +193,11 @@ class Stylizer:
             Work(self.session, ArrayRows(colour), colour.dtype, None, lambda: False) for colour in fitted
         ]
         fallbacks = len(self.session.stats.fallbacks)
-        outputs = bucket_batch(self.session, [work.inputs()[0] for work in works], most)
+        # planes, what the model gives, and the result, in floats
+        held = sum(3 * colour.nbytes for colour in fitted)
+        sizes = {work.padded for work in works}
+        together = min((fit_together(self.session, *size, held, most) for size in sizes), default=most)
+        outputs = bucket_batch(self.session, [work.inputs()[0] for work in works], together)
         as_asked = len(self.session.stats.fallbacks) == fallbacks
         for i, colour, work, values in zip(missing, fitted, works, outputs, strict=True):
             styled = np.empty(colour.shape, np.float32)

@@ -43,8 +43,8 @@ class Tiling:
     a band or of a tile in lockstep (None: chosen). `overlap` of tiles: "exact" is a halo of the model's
     receptive radius, which gives the whole-picture result; an integer is a halo of that many pixels, and
     asking for one below the radius is accepting an error, which is then measured and reported. `memory`: the
-    most the process may hold, in bytes or as text such as "2GiB" (None: no limit); kept by estimates of what
-    engines take, which were measured on the safe side.
+    most the process may hold, in bytes or as text such as "2GiB" (None: what the machine has left); kept by
+    estimates of what engines take, on the safe side, or by what `anysize tune` measured of this model.
     """
 
     method: Method = "auto"

@@ -25,6 +25,7 @@ from anysize.exporters.bands import ROWS
 from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.radius import image_step
 from anysize.guard import Sequence, log
+from anysize.memory import Held, available, measure, resident
 
 if TYPE_CHECKING:
     from anysize.session import Session
@@ -59,10 +60,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured: of the way the model runs, and how many programs may stay alive."""
+    """What was measured: of the way the model runs, how many programs may stay alive, and their memory."""
 
     speeds: tuple[Speed, ...]
     max_live: int
+    held: Held | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -70,7 +72,8 @@ class Tuned:
     @classmethod
     def from_json(cls, text: str) -> Tuned:
         fields = json.loads(text)
-        return cls(tuple(Speed(**speed) for speed in fields["speeds"]), fields["max_live"])
+        speeds = tuple(Speed(**speed) for speed in fields["speeds"])
+        return cls(speeds, fields["max_live"], fields["held"] and Held(**fields["held"]))
 
 
 def processor() -> str:
@@ -105,7 +108,7 @@ def is_kept(session: Session) -> bool:
 def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tuned:
     """Measure the session's first engine, keep and return; the session's pictures go by it from now on.
 
-    Takes about 20 seconds: a model so slow that this is not enough for all is measured on what there is time
+    Takes half a minute: a model so slow that this is not enough for all is measured on what there is time
     for. `max_live` counts for sessions that are loaded later. Raises `OptionError` for a model that is not
     picture in, picture out, and what a run raises.
     """
@@ -119,7 +122,8 @@ def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tun
             speeds = _measure(alone, _Bands, _BANDS, started, say)
         except (NotStreamable, BackendUnavailableError):
             speeds = _measure(alone, _Tiles, _TILES, started, say)
-    tuned = Tuned(speeds, live)
+    say("memory")
+    tuned = Tuned(speeds, live, measure(session))
     kept = _kept(session)
     if kept is not None:
         kept[0].put(tuned.to_json().encode(), *kept[1])
@@ -141,15 +145,13 @@ def _kept(session: Session) -> tuple[Cache, tuple[str, ...]] | None:
 
 def _live(session: Session) -> int:
     """Programs that may stay alive, from what one was seen to take."""
-    import psutil
-
-    spec, process = session.spec, psutil.Process()
+    spec = session.spec
     feeds = random_feeds(spec, sizes_near(spec, 128))
-    before = process.memory_info().rss
+    before = resident()
     session.run(feeds)
     rows, columns = feeds[spec.inputs[0].name].shape[2:]
-    taken = max(process.memory_info().rss - before, 2**20) * max(1, _PROGRAM_PIXELS / (rows * columns))
-    fit = int(psutil.virtual_memory().available * _PART / taken)
+    taken = max(resident() - before, 2**20) * max(1, _PROGRAM_PIXELS / (rows * columns))
+    fit = int(available() * _PART / taken)
     return min(max(fit, _LIVE[0]), _LIVE[-1])
 
 

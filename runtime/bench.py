@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -88,7 +88,7 @@ class _Worker:
         self._errors.close()
 
 
-class _Workers:
+class Workers:
     """All cases of one size, alive at once. `picture`: uint8 HWC, if theirs is not the usual one."""
 
     def __init__(self, picture: Array | None = None) -> None:
@@ -118,7 +118,16 @@ class _Workers:
         self.left_out[name] = str(error)
         self.ready.pop(name).close()
 
-    def __enter__(self) -> _Workers:
+    def turn(self, seconds: dict[str, list[float]], skip: Collection[str] = ()) -> None:
+        """Run each case once and note how long it took; one that cannot go on is dropped from both."""
+        for name, worker in [case for case in self.ready.items() if case[0] not in skip]:
+            try:
+                seconds[name].append(worker.run())
+            except (AnysizeError, OSError, ValueError) as error:
+                self.drop(name, error)
+                del seconds[name]
+
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -151,7 +160,7 @@ def bench(
     early after a hundred seconds. int8 is calibrated on the picture. `say` is told what is going on.
     Raises `ImageError`, `OptionError`, `ExecutionError` where no case runs.
     """
-    given = None if picture is None else _as_rgb(picture)
+    given = None if picture is None else as_rgb(picture)
     for method in methods:
         Tiling(method)  # type: ignore[arg-type]  # which checks it
     for count in threads:
@@ -162,14 +171,7 @@ def bench(
         raise OptionError(f"sizes may have {_LARGEST} pixels at most")
     for path in filter(None, (model, ncnn)):
         source_format(path)
-    installed = [info for info in describe_backends() if info.problem is None]
-    names = [info.name for info in installed]
-    for name in backends or ():
-        if name not in names:
-            raise OptionError(f"backend '{name}' is not installed here; installed: {', '.join(names)}")
-    engines = [info for info in installed if info.name in (backends or names)]
-    if not engines:
-        raise OptionError("no engine is installed")
+    engines = installed_engines(backends)
     rounds = min(rounds, 3) if quick else rounds
     say("what the machine can do")
     ceilings = _ceilings(engines)
@@ -177,7 +179,7 @@ def bench(
     sizes = list(sizes) or [_size(model, engines, left_out)]
     tables = {}
     for width, height in sizes:
-        with _Workers(given) as workers:
+        with Workers(given) as workers:
             ours = [
                 {"method": method, "threads": count, "tune": not quick}
                 for method in methods
@@ -191,18 +193,33 @@ def bench(
             if not rows:
                 raise ExecutionError(f"nothing ran: {left_out}", backend="", shape=None)
             tables[f"{width} x {height}"] = rows
-    versions = {info.name: info.version for info in installed}
-    machine = {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **versions,
-    }
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return Benchmark(command, machine, model, ceilings, tables, left_out)
+    return Benchmark(command_line(), machine(), model, ceilings, tables, left_out)
 
 
-def _as_rgb(picture: Any) -> Array:
+def installed_engines(names: Sequence[str] | None = None) -> list[BackendInfo]:
+    """The engines of these names (None: all) that can be used here. Raises `OptionError`."""
+    installed = [info for info in describe_backends() if info.problem is None]
+    known = [info.name for info in installed]
+    for name in names or ():
+        if name not in known:
+            raise OptionError(f"backend '{name}' is not installed here; installed: {', '.join(known)}")
+    if not installed:
+        raise OptionError("no engine is installed")
+    return [info for info in installed if info.name in (names or known)]
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on: the processor and the versions."""
+    versions = {info.name: info.version for info in installed_engines()}
+    facts = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return facts | versions
+
+
+def command_line() -> str:
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def as_rgb(picture: Any) -> Array:
     """Any picture as uint8 HWC of 3 channels."""
     colours, _ = split(open_picture(picture).array)
     planes = np.broadcast_to(colours, (3, *colours.shape[1:]))
@@ -251,7 +268,7 @@ def _ceilings(engines: Sequence[BackendInfo]) -> dict[str, float]:
             for precision in (p for p in info.precisions if p != "int8"):
                 wanted[f"matrix product {precision}"] = {"what": "product", "precision": precision}
     found = {}
-    with _Workers() as workers:
+    with Workers() as workers:
         for name, what in wanted.items():
             worker = workers.add(name, {"kind": "ceiling", **what})
             if worker is not None:
@@ -262,7 +279,7 @@ def _ceilings(engines: Sequence[BackendInfo]) -> dict[str, float]:
 
 def _size(model: str, engines: Sequence[BackendInfo], left_out: dict[str, str]) -> tuple[int, int]:
     """A 16:9 picture that takes the first engine that runs about a second."""
-    with _Workers() as workers:
+    with Workers() as workers:
         for info in engines:
             case = {"kind": "raw", "model": model, "width": 128, "height": 128, "backend": info.name}
             worker = workers.add(info.name, case | {"precision": "f32"})
@@ -275,7 +292,7 @@ def _size(model: str, engines: Sequence[BackendInfo], left_out: dict[str, str]) 
 
 
 def _measure(
-    workers: _Workers,
+    workers: Workers,
     rounds: int,
     quick: bool,
     ceilings: dict[str, float],
@@ -287,14 +304,10 @@ def _measure(
         if quick and i >= 2 and time.perf_counter() - started > _QUICK_SECONDS:
             break
         say(f"round {i + 1} of {rounds}")
-        for name, worker in list(workers.ready.items()):
-            if i >= _SLOW_ROUNDS and _is_slow(rows, name):
-                continue
-            try:
-                rows[name].seconds.append(worker.run())
-            except (AnysizeError, OSError, ValueError) as error:
-                workers.drop(name, error)
-                del rows[name]
+        seconds = {name: row.seconds for name, row in rows.items()}
+        slow = {name for name in rows if i >= _SLOW_ROUNDS and _is_slow(rows, name)}
+        workers.turn(seconds, slow)
+        rows = {name: row for name, row in rows.items() if name in seconds}
     pictures = {n: np.load(w.result, "r") for n, w in workers.ready.items() if w.result.exists()}
     reference = next(
         (pictures[n] for n, r in rows.items() if n in pictures and r.case["precision"] == "f32"), None

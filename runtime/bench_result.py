@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,17 +117,9 @@ class Benchmark:
         made = [folder / "bench.json", folder / "bench.md"]
         made[0].write_text(json.dumps(self.to_dict(), indent=1))
         made[1].write_text(self.markdown())
-        try:
-            import matplotlib
-        except ImportError:
-            return made
-        matplotlib.use("Agg")
-        self._draw(folder / "bench.png")
-        return [*made, folder / "bench.png"]
+        return made + drawn(folder / "bench.png", self._draw)
 
-    def _draw(self, path: Path) -> None:
-        from matplotlib import pyplot
-
+    def _draw(self, pyplot: Any) -> Any:
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(15, 6))
         rows = list(self.tables.values())[-1]
         names = list(dict.fromkeys(row.name for table in self.tables.values() for row in table))
@@ -162,9 +155,23 @@ class Benchmark:
                 right.plot([x], [y], "o", color=colours[row.name], label=row.name)
         right.set(xscale="log", yscale="log", xlabel="operations per byte, without caches", ylabel="GFLOP/s")
         right.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(path, dpi=110)
-        pyplot.close(figure)
+        return figure
+
+
+def drawn(path: Path, draw: Callable[[Any], Any]) -> list[Path]:
+    """The chart that `draw` makes with pyplot, written; nothing where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure = draw(pyplot)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return [path]
 
 
 def _giga(name: str, value: float) -> str:

@@ -86,6 +86,26 @@ def upscaler(case: Case) -> Ready:
     return lambda: upscale(pixels), facts | {"picture": result}
 
 
+def style(case: Case) -> Ready:
+    """A picture in bytes restyled with its longest side at `resolution`, and back at its size."""
+    from anysize.memory import peak
+    from anysize.pixels import to_float
+    from anysize.sizes import fit_longest
+    from anysize.stylize import Stylizer
+    from anysize.tiling import Tiling
+
+    pixels: Array = np.load(case["picture"])
+    policy = fit_longest(case["resolution"], upscale=True)
+    stylize = Stylizer(case["model"], policy, backend=case["backend"], tiling=Tiling(case["method"]))
+    started = time.perf_counter()
+    result = stylize(to_float(pixels))
+    facts: dict[str, Any] = {"first": time.perf_counter() - started, "peak": peak()}
+    facts["height"], facts["width"] = policy.plan((pixels.shape[0], pixels.shape[1])).target
+    assert stylize.report is not None
+    facts["method"] = stylize.report.method
+    return lambda: stylize(pixels), facts | {"picture": result}
+
+
 def raw(case: Case) -> Ready:
     """The engine alone, on a quiet tile of fixed shape, for as many pixels as the picture has."""
     from anysize.session import Options, load
@@ -213,6 +233,7 @@ def ceilings(case: Case) -> Ready:
 
 KINDS: dict[str, Callable[[Case], Ready]] = {
     "anysize": upscaler,
+    "style": style,
     "raw": raw,
     "loop": engine_loop,
     "torch": torch_loop,

@@ -245,6 +245,12 @@ def bench(
     threads: Annotated[list[int] | None, typer.Option(help="Threads of the engine; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
     quick: Annotated[bool, typer.Option(help="Three rounds at most, and 100 seconds.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option(help="'sizes': restyle --picture at 256 to 1080: time, memory, SSIM.")
+    ] = None,
+    region: Annotated[
+        str | None, typer.Option(help="LEFT,TOP,WIDTH,HEIGHT, such as a face, for an SSIM of its own.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the tables.")] = Path("out"),
     as_json: AsJson = False,
     debug: Debug = False,
@@ -252,23 +258,43 @@ def bench(
     """Measure engines and precisions on this machine, beside what is commonly done; say what to use."""
     from anysize.bench import bench as measure
     from anysize.files import read_picture
+    from anysize.sweep import sweep as measure_sizes
 
     sizes = [_size(text) for text in size or ()]
+    if sweep not in (None, "sizes"):
+        raise OptionError(f"--sweep takes 'sizes', not '{sweep}'")
+    if sweep is None and region is not None:
+        raise OptionError("--region is for --sweep sizes")
+    if sweep is not None and (picture is None or size or ncnn or threads):
+        raise OptionError("--sweep sizes takes a --picture, and no --size, --ncnn or --threads")
     with ExitStack() as stack:
         stack.callback(_remove_empty, _make_folder(output))
         status = stack.enter_context(err.status("bench"))
-        result = measure(
-            model,
-            picture=read_picture(picture).array if picture else None,
-            ncnn=ncnn,
-            backends=_names(backends),
-            sizes=sizes,
-            methods=method or ["auto"],
-            threads=threads or [None],
-            rounds=rounds,
-            quick=quick,
-            say=status.update,
-        )
+        given = read_picture(picture).array if picture else None
+        result: Any
+        if sweep is not None:
+            result = measure_sizes(
+                model,
+                given,
+                region=_region(region),
+                backends=_names(backends),
+                methods=method or ["auto"],
+                rounds=min(rounds, 3) if quick else rounds,
+                say=status.update,
+            )
+        else:
+            result = measure(
+                model,
+                picture=given,
+                ncnn=ncnn,
+                backends=_names(backends),
+                sizes=sizes,
+                methods=method or ["auto"],
+                threads=threads or [None],
+                rounds=rounds,
+                quick=quick,
+                say=status.update,
+            )
         made = result.write(output)
     if as_json:
         print(json.dumps(result.to_dict()))  # noqa: T201
@@ -281,6 +307,16 @@ def bench(
 
 def _names(text: str | None) -> list[str] | None:
     return [name.strip() for name in text.split(",")] if text else None
+
+
+def _region(text: str | None) -> tuple[int, int, int, int] | None:
+    if text is None:
+        return None
+    try:
+        left, top, width, height = map(int, text.split(","))
+    except ValueError:
+        raise OptionError(f"--region must be LEFT,TOP,WIDTH,HEIGHT, not '{text}'") from None
+    return left, top, width, height
 
 
 def _size(text: str) -> tuple[int, int]:

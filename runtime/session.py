@@ -103,7 +103,11 @@ class Options:
             from platformdirs import user_cache_dir
 
             folder = user_cache_dir("anysize", appauthor=False)
-        return Cache(Path(folder).absolute(), _code()) if os.fspath(folder) else None
+        return (
+            Cache(Path(folder).absolute(), code_digest("tuning.py", "memory.py"))
+            if os.fspath(folder)
+            else None
+        )
 
 
 def whole_number(name: str, value: object, most: int | None = None) -> None:
@@ -113,17 +117,18 @@ def whole_number(name: str, value: object, most: int | None = None) -> None:
 
 
 @cache
-def _code() -> str:
-    """A digest of the code that probes, converts, compiles and tunes: what another version made is not taken.
+def code_digest(*runtime: str) -> str:
+    """A digest of the code that probes, converts and compiles, and of these files of the runtime (patterns).
 
-    In a frozen program there are no such files; there the version tells.
+    What other code made is not taken from a cache. In a frozen program there are no such files; there the
+    version tells.
     """
     from anysize import backends, exporters, models
 
     digest = hashlib.sha256(version_of("anysize").encode())
     folders = [Path(package.__path__[0]) for package in (backends, exporters, models)]
     files = [file for folder in folders for file in folder.glob("*.py")]
-    for file in sorted([*files, *Path(__file__).parent.glob("tuning.py")]):
+    for file in sorted([*files, *(f for pattern in runtime for f in Path(__file__).parent.glob(pattern))]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

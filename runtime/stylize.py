@@ -20,9 +20,9 @@ from anysize.backends.errors import Cancelled, ModelLoadError, OptionError
 from anysize.pixels import Picture, fill_hidden, open_picture, quantise, to_float
 from anysize.planning import fit_together
 from anysize.report import Report
-from anysize.session import Options, Session, load, whole_number
+from anysize.session import Options, Session, code_digest, load, whole_number
 from anysize.sizes import SizePlan, SizePolicy
-from anysize.sources import Source, version_of
+from anysize.sources import Source
 from anysize.tiling import Tiling
 from anysize.upscale import Upscaler
 from anysize.work import ArrayRows, Cancel, Progress, Work, as_check
@@ -38,7 +38,7 @@ class ResultCache:
         whole_number("limit", limit)
         if not isinstance(folder, (str, os.PathLike)):
             raise OptionError(f"folder must be a path, not {folder!r}")
-        self._cache = Cache(Path(folder).absolute(), f"results of anysize {version_of('anysize')}", limit)
+        self._cache = Cache(Path(folder).absolute(), f"results {code_digest('*.py')}", limit)
 
     def get(self, *key: str) -> Array | None:
         """The array put under this key; None if none was, or it is damaged."""
@@ -176,6 +176,7 @@ class Stylizer:
         and `OptionError` for a `tiling` of other than whole pictures, or with a limit of memory, which would
         have to be kept for all together.
         """
+        whole_number("most", most)
         tiling = self._upscale.tiling
         if tiling.memory is not None:
             raise OptionError("with a limit of memory, restyle pictures one by one")

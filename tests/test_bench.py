@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anysize import ExecutionError, ModelLoadError, OptionError
-from anysize.bench import _measure, _Workers, bench
+from anysize.bench import Workers, _measure, bench
 from anysize.bench_result import COMMON, Benchmark
 from anysize.bench_worker import _looped, _pixels, picture
 from anysize.cli import main
@@ -72,7 +72,7 @@ def test_what_is_written(measured: Benchmark, tmp_path: Path) -> None:
 def test_a_case_that_dies_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
     case = {"kind": "anysize", "model": "default", "backend": ENGINES[0], "precision": "f32"}
     case |= {"method": "auto", "threads": None, "tune": False}
-    with _Workers() as workers:
+    with Workers() as workers:
         for name in "ab":
             assert workers.add(name, case | {"width": 20, "height": 20})
         workers.ready["a"]._process.kill()

@@ -225,14 +225,14 @@ def test_a_folder_that_cannot_be_used(
 
 def test_a_frozen_program_has_no_source_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """There the version tells what made a thing, and a model loads all the same."""
-    here = anysize.session._code()
+    here = anysize.session.code_digest()
     monkeypatch.setattr(anysize.session, "__file__", str(tmp_path / "session.pyc"))
     with monkeypatch.context() as frozen:
         for package in (anysize.backends, anysize.exporters, anysize.models):
             frozen.setattr(package, "__path__", [str(tmp_path)])
-        code = anysize.session._code.__wrapped__()
+        code = anysize.session.code_digest.__wrapped__()
         frozen.setattr(anysize.session, "version_of", lambda name: "another")
-        assert len({here, code, anysize.session._code.__wrapped__()}) == 3
+        assert len({here, code, anysize.session.code_digest.__wrapped__()}) == 3
     for module in (anysize.tuning, anysize.sources):
         monkeypatch.setattr(module, "__file__", str(tmp_path / "none.pyc"))
     with anysize.load("default", options=anysize.Options(cache_dir=tmp_path / "cache")) as session:

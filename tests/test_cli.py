@@ -90,7 +90,10 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, *out, "--tile", "0"], "tile must be a positive number of pixels, not 0"),
         ([ok, *out, "--overlap", "-1"], "overlap must be"),
         ([ok, *out, "--overlap", "lots"], "--overlap must be 'exact' or a number of pixels, not 'lots'"),
-        ([ok, *out, "--method", "magic"], "method must be auto, stream, tile or whole, not 'magic'"),
+        (
+            [ok, *out, "--method", "magic"],
+            "method must be one of auto, stream, tile, whole, lockstep, not 'magic'",
+        ),
         ([ok, *out, "--backend", "tensorflow"], "unknown backend 'tensorflow'; known: openvino"),
         ([ok, *out, "--precision", "f7"], "precision must be one of f32, bf16, int8, auto, not 'f7'"),
         ([ok, *out, "--backend", "openvino", "--precision", "int8"], "int8 needs calibration pictures"),

@@ -351,3 +351,10 @@ def test_two_processes_share_a_cache(toybox: ToyBox, tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(toybox.file("WholePicture")), str(tmp_path / "results")]
     running = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait(120) for process in running] == [0, 0]
+
+
+def test_results_of_other_code_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ResultCache(tmp_path).put(np.ones(3), "key")
+    assert ResultCache(tmp_path).get("key") is not None
+    monkeypatch.setattr("anysize.stylize.code_digest", lambda *runtime: "another")
+    assert ResultCache(tmp_path).get("key") is None

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench bench-performance bench-streaming acceptance clean
+.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles acceptance clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -32,6 +32,10 @@ bench-performance: build/.dev-$(FILES)
 # Streaming against the whole picture, tiles and the raw engine; needs ../shared/assets.
 bench-streaming: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/streaming.py $(PARTS)
+
+# AnimeGANv2: engines, batches, exact tiles, memory, sizes; needs ../shared/assets. Writes docs/animegan-measured.md.
+bench-styles: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/styles.py
 
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)

@@ -41,7 +41,8 @@ class Table:
 
     def _row(self, what: str, figure: float, bound: float, spread: Spread, ok: bool, how: str) -> None:
         ok = bool(ok)  # numpy's is not JSON's
-        self.rows.append({"what": what, "figure": figure, "spread": spread, "bound": bound, "ok": ok})
+        row = {"what": what, "figure": figure, "spread": spread, "bound": bound, "how": how, "ok": ok}
+        self.rows.append(row)
         print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} ({how} {bound:g})", flush=True)
 
 

@@ -3,7 +3,8 @@
     python examples/animegan.py [WEIGHTS [PICTURE...]]
 
 WEIGHTS: a published .pt file of the generator. Without, it is run with random weights of its real size, which
-shows that everything works, not what the style is like. Writes out/animegan-*.png.
+shows that everything works, not what the style is like. Writes out/animegan-*.png, and keeps its results in
+out/results, from where a second run takes them. Needs the extra `export`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 AnyText (Tuo et al., 2023, arXiv:2311.03054) edits text in pictures with a latent diffusion model whose sizes
 must be multiples of 64. Its weights are large, so a small network with the same rule stands in for it.
-Writes out/anytext.png.
+Writes out/anytext.png. Needs the extra `torch`.
 """
 
 from __future__ import annotations

@@ -122,8 +122,12 @@ def staged_model(model: Model) -> StagedModel:
         ) from error
     spec = model.spec
     assert spec is not None
+    if model.format == "module":
+        raise NotStreamable(
+            "torch runs modules, and only a graph can be taken apart into stages; use openvino or onnxruntime"
+        )
     if model.format != "onnx" or isinstance(model.data, Path):
-        raise NotStreamable("stages are made from an .onnx file of one piece, not from modules or others")
+        raise NotStreamable("stages are made from an .onnx file of one piece, not from others")
     if spec.scale is None or not all(isinstance(s, Dim) for s in spec.inputs[0].shape[2:]):
         raise NotStreamable("not a model of one picture of any size to one picture")
     try:

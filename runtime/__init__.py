@@ -84,8 +84,14 @@ def __getattr__(name: str) -> Any:
 
 def as_module(session: Session) -> torch.nn.Module:
     """A `torch.nn.Module` with the original's call signature that runs `session`; needs torch."""
-    from anysize.torch_module import SessionModule
+    try:
+        from anysize.torch_module import SessionModule
+    except ImportError as error:
+        from anysize.backends.errors import BackendUnavailableError
 
+        raise BackendUnavailableError(
+            f"a module needs torch: pip install 'anysize[torch]' ({error})", name="torch"
+        ) from error
     return SessionModule(session)
 
 

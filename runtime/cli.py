@@ -220,9 +220,12 @@ def _summary(report: Any, asked: str) -> str:
         how += f" {report.tile}, overlap {report.overlap}"
     if asked not in ("auto", report.method):
         how += f" instead of {asked} ({report.reason})"
-    how += (
-        ", exact" if report.exact else f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
-    )
+    if report.exact:
+        how += ", exact"
+    elif report.max_error is None:
+        how += f", not exact: {report.reason}"
+    else:
+        how += f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
     why = f" ({report.precision_reason})" if report.precision_reason else ""
     return (
         f"{report.input} -> {report.output}: {report.width} x {report.height} (x{report.scale:g}), "

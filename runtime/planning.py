@@ -19,7 +19,7 @@ from anysize.lockstep import TILE, LockstepRunner
 from anysize.memory import available, resident
 from anysize.session import Session
 from anysize.streaming import BandRunner
-from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans
+from anysize.tiling import Grid, Span, Tiling, grid, measured_error, round_up, spans, whole_error
 from anysize.tuning import Speed
 
 #: "auto" runs pictures up to this many pixels whole: below, compiling two more programs takes longer than
@@ -35,7 +35,6 @@ _SMALLEST_TILE = 32
 #: A band's result exists as floats, rounded, as bytes, as the writer's chunks and in its queue; and the first
 #: and last bands give some rows more than they are given
 _COPIES, _BEYOND = 5, 16
-_UNKNOWN_REACH = 256
 #: What a program was seen to hold, as a multiple of the tensors alive at once (0.8 to 1.9 on three engines),
 #: and what an engine takes beside it with its first program (5 to 35 MiB)
 _HELD, _ENGINE = 2, 40 * 2**20
@@ -352,18 +351,24 @@ class _Planner:
         known = self.spec.radius if self.spec.tileable else None
         exact = single or (known is not None and halo >= known)
         error = None
-        if not exact:
-            # Without a radius a much larger halo is the best reference there is.
-            reach = known if known is not None else _UNKNOWN_REACH
+        reason = ""
+        if not exact and known is None and self.fits(self.height, self.width):
+            reason = "how far tiles are off is not known: the whole picture does not fit into the memory"
+        elif not exact:
             low, high = self.spec.value_range
-            errors = [measured_error(self.session, part, cut, reach, self.steps) for part in inputs()]
+            errors = [
+                whole_error(self.session, part, cut)
+                if known is None
+                else measured_error(self.session, part, cut, known, self.steps)
+                for part in inputs()
+            ]
             error = max(errors) / (high - low)
         tile = max(round_up(core, step) for step in self.steps)
         overlap = max(round_up(halo, step) for step in self.steps)
         streams = min(self._tile_speed(cut).streams, len(cut.rows) * len(cut.columns))
         while streams > 1 and self.fits(*cut.shape, streams):
             streams -= 1
-        return Plan("tile", "", tile, overlap, exact, error, cut, streams=streams)
+        return Plan("tile", reason, tile, overlap, exact, error, cut, streams=streams)
 
     def _tile_speed(self, cut: Grid) -> Speed:
         """The best way to run these tiles: of the sizes that were measured, the nearest counts."""

@@ -15,8 +15,8 @@ class Report:
     rows of a band; `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran
     whole. `streams`: strips or tiles that ran at the same time. `exact`: the result is that of the whole
     picture run at once. `max_error`: where it is not, the largest difference measured on this picture, in
-    0..1. `reason`: why this method. `compiles`, `fallbacks`: of the session during this call.
-    `precision_reason`: why this precision, where that was measured.
+    0..1; None where it could not be measured. `reason`: why this method. `compiles`, `fallbacks`: of the
+    session during this call. `precision_reason`: why this precision, where that was measured.
     """
 
     status: str = "ok"

@@ -202,7 +202,7 @@ class SizePlan:
         target, have = self.shape(at), _extent(image)
         at = Fraction(target[0], self.target[0])
         if any(abs(n - side * at) >= 1 for n, side in zip(have, self.size, strict=True)):
-            want = " x ".join(str(float(side * at)) for side in self.size)
+            want = " x ".join(f"{float(side * at):g}" for side in self.size)
             raise ShapeError("image", None, image.shape, f"the plan is for (height, width) = {want}")
         if self.policy.mode == "pad":
             content = have if self.content == self.size else _at_least_1(_scaled(self.content, at))

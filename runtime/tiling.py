@@ -212,6 +212,23 @@ def measured_error(
     return worst
 
 
+def whole_error(session: Session, planes: Array, cut: Grid) -> float:
+    """The largest difference of all tiles from the whole picture, in units of the model's output.
+
+    For models of unknown reach, where no smaller piece of the picture can stand for the whole.
+    """
+    height, width = planes.shape[1:]
+    whole, _ = run_window(session, planes, (height, width), Span(0, 0, height), Span(0, 0, width))
+    scale = session.spec.scale or 1
+    worst = 0.0
+    for row in cut.rows:
+        for column in cut.columns:
+            got, _ = run_window(session, planes, cut.shape, row, column)
+            rows, columns = (slice(s.first * scale, s.last * scale) for s in (row, column))
+            worst = max(worst, float(np.abs(got - whole[:, rows, columns]).max()))
+    return worst
+
+
 def _around(span: Span, limit: int, patch: int, radius: int, step: int) -> tuple[Span, int]:
     """A window with at least an exact halo around the span's written part, and its extent.
 

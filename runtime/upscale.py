@@ -184,9 +184,9 @@ class Upscaler:
         why: str | None,
     ) -> None:
         after, plan = work.session.stats, work.plan
-        bands = plan.bands
+        apart = plan.bands or plan.stages
         # more than one engine only after a fallback
-        ran = work.session.ran_here() if bands is None else bands.stats()[:1]
+        ran = work.session.ran_here() if apart is None else apart.stats()[:1]
         names = ("backend", "device", "precision")
         self._last.report = Report(
             width=shape[1],

@@ -107,6 +107,8 @@ def test_animegan(align_corners: int, toybox: ToyBox) -> None:
         assert np.abs(tiled(picture) - whole(picture)).max() <= 1e-5
         assert (tiled.report.method, tiled.report.tile, tiled.report.exact) == ("lockstep", 32, True)
         assert "each stage of the model together" in tiled.report.reason
+        ran = (tiled.report.backend, tiled.report.device, tiled.report.precision)
+        assert ran == (engine, "cpu", "f32")
 
 
 def test_alpha_and_progress(toybox: ToyBox) -> None:
@@ -154,7 +156,7 @@ def test_refused(toybox: ToyBox) -> None:
         session = anysize.load(module.eval(), backend=GRAPHS[0])
         with pytest.raises(NotStreamable, match=reason):
             Upscaler(session, tiling=Tiling("lockstep"))(np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(NotStreamable, match="onnx file"):
+    with pytest.raises(NotStreamable, match="use openvino or onnxruntime"):
         anysize.load(Attention(), backend="torch").lockstep()
     with pytest.raises(OptionError, match="leave overlap at 'exact'"):
         Tiling("lockstep", overlap=4)

@@ -99,8 +99,17 @@ def test_whole_picture_models_are_not_tiled(backend: str, toybox: ToyBox) -> Non
     assert automatic.report.method == "whole"
     insisted = toybox.upscaler("WholePicture", backend, Tiling("tile", 16, 4))
     insisted(x)
+    difference = float(np.abs(insisted(x) - automatic(x)).max())
     assert insisted.report.exact is False
-    assert insisted.report.max_error > 0.01
+    assert insisted.report.max_error == pytest.approx(difference, abs=1e-5)
+    session = insisted.session
+    tight = Upscaler(session, tiling=Tiling("tile", 64, 4))
+    larger = np.random.default_rng(0).random((400, 400, 3), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("anysize.planning.available", lambda: 55 * 2**20)
+        tight(larger)
+    assert (tight.report.exact, tight.report.max_error) == (False, None)
+    assert "how far tiles are off is not known" in tight.report.reason
 
 
 def test_auto_tiles_large_pictures_exactly_while_that_is_cheap() -> None:

@@ -86,6 +86,8 @@ class _RunError(AnysizeError):
         super().__init__(message)
 
     def __str__(self) -> str:
+        if not self.backend:
+            return self.message
         where = f"{self.backend}, input {self.shape}"
         if self.tile is not None:
             where += f", tile (row {self.tile[0]}, column {self.tile[1]})"

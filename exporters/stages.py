@@ -13,6 +13,7 @@ any tile of any picture.
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from anysize.backends.spec import Dim, ModelSpec, TensorSpec
 from anysize.exporters.cost import infer_shapes
 from anysize.exporters.steps import Gathered, Port, Reader, Rows, Shape, Step
 
+#: rows beyond the least, and tiles they are cut in, on which it is seen who reads fewer rows than there are
+_SAMPLES, _COUNTS = (16, 37, 58, 83, 500, 2003), (1, 2, 3, 5, 37)
 _PICTURE: Port = ((1, None, None, None), np.float32)
 
 
@@ -148,7 +151,11 @@ def staged_model(model: Model) -> StagedModel:
         axes = [size.name for size in spec.inputs[0].shape[2:] if isinstance(size, Dim)]
         sizes |= dict(zip(axes, (height, width), strict=True))
         known = infer_shapes(proto, spec.input_shapes(sizes))
-        return {name: shape for name, (shape, _) in known.items() if len(shape) == 4}
+        found: dict[str, Shape] = {name: shape for name, (shape, _) in known.items() if len(shape) == 4}
+        want = spec.output_shapes(sizes)[output]
+        if found.get(output) != want:
+            raise NotStreamable(f"'{output}' would come to {found.get(output)}, and the contract says {want}")
+        return found
 
     return StagedModel(_Cutter(reader, spec, shapes).stages(), spec.inputs[0].name, output, shapes)
 
@@ -159,15 +166,15 @@ class _Cutter:
     ) -> None:
         self.reader, self.spec = reader, spec
         dims = [size for size in spec.inputs[0].shape[2:] if isinstance(size, Dim)]
-        self.samples = [shapes(*(dim.ceil(dim.min + extra) for dim in dims)) for extra in (16, 37, 58, 83)]
+        self.samples = [shapes(*(dim.floor(dim.min + extra) for dim in dims)) for extra in _SAMPLES]
         self.levels: dict[str, int] = {spec.inputs[0].name: 0}
         for node in reader.proto.graph.node:  # in order, so that what is read is there
-            name = node.output[0]
-            read = [i for i in node.input if i in self.levels]
-            if name in reader.gathered:
-                self.levels[name] = self.levels[reader.gathered[name].source] + 1
-            elif name in reader.steps or name in reader.global_nodes:
-                self.levels[name] = max((self.levels[i] for i in read), default=0)
+            read = [self.levels[i] for i in node.input if i in self.levels]
+            for name in node.output:
+                if name in reader.gathered:
+                    self.levels[name] = self.levels[reader.gathered[name].source] + 1
+                elif name in reader.steps or name in reader.global_nodes:
+                    self.levels[name] = max(read, default=0)
 
     def stages(self) -> tuple[Stage, ...]:
         reader, output = self.reader, self.spec.outputs[0].name
@@ -274,11 +281,14 @@ class _Cutter:
         """
         cuts = set()
         for shapes in self.samples:
-            for count in (1, 2, 3, 5):
+            made = [*writes, *(g.source for g in gathers)]
+            least = min(shapes[name][2] for name in made)
+            for count in sorted({min(count, least) for count in _COUNTS}):
                 for i in range(count):
-                    wanted = tile(shapes, [*writes, *(g.source for g in gathers)], i, count)
-                    have, needs, _ = trace(steps, writes, gathers, wanted, shapes)
-                    cuts |= {(who, name) for (who, name), rows in needs.items() if rows != have[name]}
+                    wanted = tile(shapes, made, i, count)
+                    with contextlib.suppress(NotStreamable):  # of this size: it is asked again for each
+                        have, needs, _ = trace(steps, writes, gathers, wanted, shapes)
+                        cuts |= {(who, name) for (who, name), rows in needs.items() if rows != have[name]}
         return frozenset(cuts)
 
     def _model(self, nodes: list[Any], ports: Mapping[str, Port], results: list[str]) -> Model:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array
 from anysize.backends.errors import NotStreamable
-from anysize.backends.spec import ModelSpec
+from anysize.backends.spec import Dim, ModelSpec
 from anysize.exporters.cost import infer_shapes
 from anysize.exporters.operators import POINTWISE
 
@@ -75,7 +76,10 @@ class Reader:
         self.global_nodes: dict[str, Any] = {}  # value of the whole picture -> the node that computes it
         self.gathered: dict[str, Gathered] = {}
         self.steps: dict[str, Step] = {}
-        size = {n: d.ceil(d.min + 40 + 7 * i) if i else d.min for i, (n, d) in enumerate(spec.dims.items())}
+        size = {name: dim.min for name, dim in spec.dims.items()}
+        for i, dim in enumerate(spec.inputs[0].shape[2:]):  # sides that differ, and are larger than 1
+            if isinstance(dim, Dim):
+                size[dim.name] = dim.floor(dim.min + 40 + 7 * i)
         self.shapes = infer_shapes(proto, spec.input_shapes(size))
         for node in proto.graph.node:
             self._read(node)
@@ -84,6 +88,8 @@ class Reader:
         inputs = [i for i in node.input if i]
         values = {*self.gathered, *self.global_nodes}
         pictures = [i for i in inputs if i in self.pictures or i in self.turned]
+        if any(a.HasField("g") or len(a.graphs) for a in node.attribute):
+            raise refuse(node, "it has graphs inside, which may read anything")
         if node.op_type in ("Shape", "Size") and pictures:
             self.sizes.update(node.output)
         elif node.op_type == "CastLike" and inputs[1] in self.pictures and inputs[0] not in self.pictures:
@@ -115,7 +121,7 @@ class Reader:
                 self.constants.update(zip(node.output, results, strict=True))
 
     def _of_pictures(self, node: Any, pictures: list[str]) -> None:
-        if node.domain not in ("", "ai.onnx") or any(a.HasField("g") for a in node.attribute):
+        if node.domain not in ("", "ai.onnx"):
             raise refuse(node, "it is not known")
         output = node.output[0]
         if node.op_type in _REDUCTIONS:
@@ -149,6 +155,10 @@ class Reader:
             if axes is None or not settings.get("keepdims", 1):
                 raise refuse(node, "its axes are computed, or do not stay")
         axes = sorted(int(a) % 4 for a in axes)
+        if not axes:
+            raise refuse(node, "it names no axes")
+        if self.shapes.get(source, ((), 0))[1] != self.onnx.TensorProto.FLOAT:
+            raise refuse(node, "its numbers are not 32-bit floats")
         kind = _REDUCTIONS[node.op_type]
         if source in self.turned:
             if axes != [3]:
@@ -218,6 +228,8 @@ def _window(reader: Reader, node: Any) -> Step:
     pads = settings.get("pads", [0, 0, 0, 0])
     top, reach = pads[0], (kernel - 1) * dilation
     padded = bool(pads[0] or pads[2])
+    if max(pads[0], pads[2]) > reach:
+        raise refuse(node, "it is padded by more than it reaches, so that rows may see no picture at all")
     if padded and node.op_type == "AveragePool" and not settings.get("count_include_pad", 0):
         raise refuse(node, "it divides by the number of pixels at the picture's ends")
 
@@ -253,7 +265,10 @@ def _padding(reader: Reader, node: Any) -> Step:
     if pads[0] or pads[1] or pads[4] or pads[5]:
         raise refuse(node, "it adds channels")
     top, left, right = (int(pads[i]) for i in (2, 3, 7))
-    mirrors = reader.settings(node).get("mode", b"constant") == b"reflect"
+    mode = reader.settings(node).get("mode", b"constant")
+    if mode not in (b"constant", b"edge", b"reflect"):
+        raise refuse(node, f"mode {mode.decode()} reads rows far away")
+    mirrors = mode == b"reflect"
     port = f"stages/{output}/pads"
 
     def reads(rows: Rows, before: Shape, after: Shape) -> Reading:
@@ -285,6 +300,8 @@ def _resize(reader: Reader, node: Any) -> Step:
     if before[:2] != after[:2]:
         raise refuse(node, "it resizes channels")
     scales = reader.constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    if len(node.input) > 2 and node.input[2] and scales is None:
+        raise refuse(node, "its scales are computed")
     if scales is not None and any(float(s) != int(s) for s in scales):
         raise refuse(node, "a scale that is no whole number can round sizes")
     sizes, lower, upper, weight = (f"stages/{output}/{n}" for n in ("sizes", "lower", "upper", "weight"))
@@ -294,6 +311,8 @@ def _resize(reader: Reader, node: Any) -> Step:
         places = _places(np.arange(*rows), before[2], after[2], where)
         own = {sizes: np.array([*after[:2], rows[1] - rows[0], after[3]], np.int64)}
         if mode == "nearest":
+            if where == "align_corners" or rounding.startswith("round"):
+                _no_ties(node, np.arange(*rows), before[2], after[2], where, rounding)
             chosen = np.clip(_NEAREST[rounding](places), 0, end).astype(np.int64)
             first, last = int(chosen.min()), int(chosen.max()) + 1
             return (first, last), rows, {**own, lower: chosen - first}
@@ -335,6 +354,26 @@ def _places(rows: Array, before: int, after: int, where: str) -> Array:
     if where == "pytorch_half_pixel" and after == 1:
         return 0 * rows
     return (rows + np.float32(0.5)) / scale - np.float32(0.5)
+
+
+def _no_ties(node: Any, rows: Array, before: int, after: int, where: str, rounding: str) -> None:
+    """Refuse rows so near the border between two that engines, by their rounding, pick different ones.
+
+    Those of 'asymmetric' and of 'half_pixel' with floor and ceil were seen to pick the same for all sizes.
+    """
+    corners = where == "align_corners"
+    over, under = (before - 1, after - 1) if corners else (before, after)
+    if not over or not under or (not corners and under % over == 0):
+        return  # one row, or borders lie far from all of them
+    ratio = Fraction(over, under)
+    if all(n & (n - 1) == 0 for n in (ratio.numerator, ratio.denominator)):
+        return  # exact in floats, whichever way it is computed
+    shift = 0.0 if corners or where == "asymmetric" else 0.5
+    places = (rows + shift) * over / under - shift
+    border = places + 0.5 if rounding.startswith("round") else places
+    near = np.abs(border - np.rint(border)) <= 4 * np.finfo(np.float32).eps * np.maximum(places, 1)
+    if (near & (rows > 0)).any():
+        raise refuse(node, f"from {before} to {after} rows, rounding decides which of two it picks")
 
 
 _NEAREST: dict[str, Callable[[Array], Array]] = {

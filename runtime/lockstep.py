@@ -18,8 +18,16 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array, Executable
-from anysize.backends.errors import Cancelled, ExecutionError, IntegrityError, MemoryBudgetError
-from anysize.exporters.stages import Stage, staged_model, tile
+from anysize.backends.errors import (
+    Cancelled,
+    ExecutionError,
+    IntegrityError,
+    MemoryBudgetError,
+    NotStreamable,
+)
+from anysize.backends.spec import Dim
+from anysize.exporters.exporting import random_feeds
+from anysize.exporters.stages import Stage, StagedModel, staged_model, tile
 from anysize.exporters.steps import Gathered, Rows, Shape
 from anysize.guard import ShapeGuard, Stats
 
@@ -27,6 +35,9 @@ from anysize.guard import ShapeGuard, Stats
 TILE = 64
 #: What a stage was seen to hold, as a multiple of its three largest tensors for one tile
 _HELD = 3
+#: what it is verified on: rows and columns beyond the least, the first that it takes, in so many tiles; and
+#: how close it has to come to the model in one
+_VERIFIED, _VERIFIED_TILES, _VERIFIED_ERROR = ((67, 22), (63, 22), (78, 22), (100, 22)), 4, 1e-3
 _OVER: dict[str, Callable[..., Any]] = {"mean": np.mean, "sum": np.sum, "max": np.max, "min": np.min}
 
 
@@ -44,6 +55,41 @@ class LockstepRunner:
             backend=guard.backend.name, device=guard.options.device, precision=guard.options.precision
         )
         self._lock = threading.Lock()
+        self._verify(guard)
+
+    def _verify(self, guard: ShapeGuard) -> None:
+        """Hold the stages against the model in one, on noise. Raises `NotStreamable`."""
+        spec = guard.spec
+        axes = [size for size in spec.inputs[0].shape[2:] if isinstance(size, Dim)]
+        rows: list[Array] = []
+        for last, extra in enumerate(_VERIFIED, 1 - len(_VERIFIED)):
+            sizes = {name: dim.min for name, dim in spec.dims.items()}
+            sizes |= {dim.name: dim.floor(dim.min + n) for dim, n in zip(axes, extra, strict=True)}
+            feeds = random_feeds(spec, sizes)
+            planes = feeds[spec.inputs[0].name][0]
+            try:
+                run = LockstepRun(self, planes, max(1, planes.shape[1] // _VERIFIED_TILES))
+                break
+            except NotStreamable:  # it can be this size alone
+                if not last:
+                    raise
+        try:
+            with closing(self.backend.compile(guard.model, None, self.options)) as program:
+                want = program.run(feeds)[self.model.output][0]
+            with closing(run):
+                run.run(lambda top, values: rows.append(values))
+        except (ExecutionError, IntegrityError) as error:
+            raise NotStreamable(f"the engine does not run its stages: {error}") from error
+        got = np.concatenate(rows, axis=1)
+        allowed = _VERIFIED_ERROR * max(1.0, float(np.abs(want).max()))
+        if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=allowed):
+            raise NotStreamable("in stages, the model gives something else than in one")
+        with self._lock:
+            self._stats = replace(self._stats, calls=0, compiles=0, run_seconds=0.0, compile_seconds=0.0)
+
+    def check(self, height: int, width: int, rows: int) -> None:
+        """Raise `NotStreamable` where a picture of this size cannot be cut in tiles of so many rows."""
+        _work(self.model, height, width, rows)
 
     def bytes(self, height: int, width: int, rows: int) -> int:
         """An estimate of the memory a run takes: that of the largest stage, for one tile."""
@@ -78,15 +124,26 @@ class LockstepRunner:
         """Nothing is held between pictures."""
 
 
+def _work(model: StagedModel, height: int, width: int, rows: int) -> tuple[dict[str, Shape], int]:
+    """The shapes of all tensors and the number of tiles, seen through for all of them before any runs."""
+    shapes = model.shapes(height, width)
+    least = min(shapes[name][2] for stage in model.stages for name in stage.made)
+    if not least:
+        raise NotStreamable(f"a picture of {width} x {height} is too small for it")
+    count = min(max(1, height // rows), least)
+    for stage in model.stages:
+        for i in range(count):
+            stage.feeds(tile(shapes, stage.made, i, count), shapes)
+    return shapes, count
+
+
 class LockstepRun:
     """One picture's planes on their way through a `LockstepRunner`. Not thread-safe; close it."""
 
     def __init__(self, runner: LockstepRunner, planes: Array, rows: int) -> None:
-        """`planes`: (C, H, W), the model's input; `rows`: of a tile."""
+        """`planes`: (C, H, W), the model's input; `rows`: of a tile. Raises `NotStreamable`."""
         self._runner, self._planes = runner, planes
-        self._shapes = runner.model.shapes(*planes.shape[1:])
-        least = min(self._shapes[name][2] for stage in runner.model.stages for name in stage.made)
-        self._count = min(max(1, planes.shape[1] // rows), least)
+        self._shapes, self._count = _work(runner.model, planes.shape[1], planes.shape[2], rows)
         self._files: dict[str, _Scratch] = {}
         self._values: dict[str, Array] = {}
         self.steps = len(runner.model.stages) * self._count

@@ -28,13 +28,14 @@ _LARGEST_SIDE = 4096
 _TIMEOUT = 120.0
 #: larger sizes were seen to take up to 6 % more than what two small ones foretell
 _MARGIN = 1.1
+#: limit, usage, counts, and which of them are of files that the system lets go when it needs the memory
 _CGROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
     (
         "memory/memory.limit_in_bytes",
         "memory/memory.usage_in_bytes",
         "memory/memory.stat",
-        "total_inactive_file",
+        ("total_inactive_file", "total_active_file"),
     ),
 )
 
@@ -83,7 +84,7 @@ def available(root: Path = Path("/sys/fs/cgroup")) -> int:
     for limit, usage, stat, reclaimable in _CGROUPS:
         with suppress(OSError, ValueError, KeyError):  # not this kind of container, or "max"
             counts = dict(line.split() for line in (root / stat).read_text().splitlines())
-            used = int((root / usage).read_text()) - int(counts[reclaimable])
+            used = int((root / usage).read_text()) - sum(int(counts[name]) for name in reclaimable)
             free = min(free, int((root / limit).read_text()) - used)
     return max(free, 0)
 
@@ -115,6 +116,7 @@ def measure(session: Session) -> Held | None:
         log.warning("the memory that the model takes was not measured: %s", error)
         return None
     if len(points) < 2:
+        log.warning("the memory that the model takes was not measured: its graph does not tell enough")
         return None
     (alive, taken), (more, took) = points
     factor = max(0.0, (took - taken) / (more - alive))
@@ -132,7 +134,8 @@ def _sizes(session: Session) -> list[tuple[dict[str, int], int]]:
             break
         least = alive if least is None else least
         side = side * 5 // 4
-        if alive - least >= _POINTS[len(found)] or (found and side > _LARGEST_SIDE):
+        enough = alive - least >= _POINTS[len(found)] or (found and side > _LARGEST_SIDE)
+        if enough and (not found or alive > 1.5 * found[-1][1]):
             found.append((sizes, alive))
     return found
 

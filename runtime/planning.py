@@ -211,15 +211,16 @@ class _Planner:
         """Why this is too much: what there is, what is needed, and what would do."""
         budget = f"{self.budget >> 20} MiB" if self.budget >= 2**20 else f"{self.budget} bytes"
         held, need, now = ((n + 2**20 - 1) >> 20 for n in (self.held, cost, resident()))
+        model = f"about {need} MiB more" if cost else "some more"
         if self.limited:
             return (
                 f"a memory limit of {budget} is too little for this picture: {now + held} MiB are taken by "
-                f"the process and the picture, and the model needs about {need} MiB more; allow "
+                f"the process and the picture, and the model needs {model}; allow "
                 f"{now + held + need} MiB"
             )
         return (
             f"the {budget} of memory that are left here are too little: the picture and its result take "
-            f"{held} MiB and the model about {need} MiB more; make the picture smaller, or insist with a "
+            f"{held} MiB and the model {model}; make the picture smaller, or insist with a "
             f"memory limit of {now + held + need} MiB"
         )
 
@@ -280,6 +281,7 @@ class _Planner:
             if self.tiling.tile is not None or rows <= _SMALLEST_TILE:
                 raise MemoryBudgetError(self.short(cost))
             rows = max(_SMALLEST_TILE, rows // 2)
+        stages.check(self.height, self.width, rows)
         reason += "; all tiles go through each stage of the model together, which is exact"
         return Plan("lockstep", reason, rows, 0, stages=stages)
 

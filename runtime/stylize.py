@@ -197,6 +197,7 @@ class Stylizer:
         # planes, what the model gives, and the result, in floats
         held = sum(3 * colour.nbytes for colour in fitted)
         sizes = {work.padded for work in works}
+        most = min(most, max(1, len(works)))
         together = min((fit_together(self.session, *size, held, most) for size in sizes), default=most)
         outputs = bucket_batch(self.session, [work.inputs()[0] for work in works], together)
         as_asked = len(self.session.stats.fallbacks) == fallbacks

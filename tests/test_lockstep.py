@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anysize
 import numpy as np
+import onnx
 import pytest
 import torch
 import toys
@@ -29,6 +30,7 @@ from anysize.session import Session
 from conftest import ENGINES, ToyBox
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 from torch import nn
 from torch.nn import functional as F
 
@@ -170,18 +172,21 @@ def test_a_fault_at_any_call_is_an_error(toybox: ToyBox, fault: Callable) -> Non
     engine = get_backend(GRAPHS[0])
     session = anysize.load(toybox.file("WholePicture"), backend=engine)
     places = [(i, j) for i in range(len(session.lockstep().model.stages)) for j in range(4)]
+    verifying = toys.Faulty(engine, fault)
+    anysize.load(toybox.file("WholePicture"), backend=verifying).lockstep()
+    before = verifying.calls
     picture = np.random.default_rng(0).random((64, 40, 3))
     for calls, place in enumerate(places):
-        faulty = anysize.load(toybox.file("WholePicture"), backend=toys.Faulty(engine, fault, calls))
+        faulty = anysize.load(toybox.file("WholePicture"), backend=toys.Faulty(engine, fault, before + calls))
         with pytest.raises((ExecutionError, IntegrityError)) as caught:
             Upscaler(faulty, tiling=Tiling("lockstep", 16))(picture)
         assert caught.value.tile == (place[1], 0)
         assert f"in stage {place[0]} of " in str(caught.value)
-    beyond = toys.Faulty(engine, fault, len(places))
+    beyond = toys.Faulty(engine, fault, before + len(places))
     Upscaler(anysize.load(toybox.file("WholePicture"), backend=beyond), tiling=Tiling("lockstep", 16))(
         picture
     )
-    assert beyond.calls == len(places)
+    assert beyond.calls == before + len(places)
 
 
 def test_no_room_for_what_waits(toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +200,9 @@ def test_no_room_for_what_waits(toybox: ToyBox, tmp_path: Path, monkeypatch: pyt
 def test_another_engine_goes_on(toybox: ToyBox) -> None:
     first, second = (get_backend(name) for name in GRAPHS[:2])
     file = toybox.file("WholePicture")
-    faulty = anysize.load(file, backend=toys.Faulty(first, toys.raises, 5))
+    verifying = toys.Faulty(first, toys.raises)
+    anysize.load(file, backend=verifying).lockstep()
+    faulty = anysize.load(file, backend=toys.Faulty(first, toys.raises, verifying.calls + 5))
     session = Session([*faulty._guards, *anysize.load(file, backend=second)._guards])
     picture = np.random.default_rng(0).random((64, 40, 3), np.float32)
     upscale = Upscaler(session, tiling=Tiling("lockstep", 16))
@@ -203,3 +210,184 @@ def test_another_engine_goes_on(toybox: ToyBox) -> None:
     assert upscale.report.method == "whole"
     assert len(session.stats.fallbacks) == 1
     assert session.stats.calls >= 5
+
+
+# -- graphs that a file may hold: the whole picture's result, or a refusal before anything runs
+
+RNG = np.random.default_rng(0)
+WEIGHT = (RNG.normal(size=(3, 3, 3, 3)) * 0.2).astype(np.float32)
+AXES = {"axes": np.array([2, 3], np.int64)}
+MEAN = [
+    helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
+    helper.make_node("Sub", ["x", "mean"], ["a"]),
+]
+
+
+def saved(path: Path, nodes: list, constants: dict[str, np.ndarray], batch: str | int = "n") -> Path:
+    """A model of x, (batch, 3, h, w), to y."""
+    ends = [
+        helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [batch, 3, "h", "w"]),
+        helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None),
+    ]
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
+    return path
+
+
+def wrapping() -> tuple[list, dict]:
+    pads = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "W": WEIGHT}
+    wrap = helper.make_node("Pad", ["a", "pads"], ["p"], mode="wrap")
+    return [*MEAN, wrap, helper.make_node("Conv", ["p", "W"], ["y"])], {**AXES, **pads}
+
+
+def scales_of_sizes() -> tuple[list, dict]:
+    nodes = [
+        helper.make_node("Conv", ["x", "W"], ["c"], pads=[1] * 4, strides=[3, 3]),
+        helper.make_node("ReduceMean", ["c", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["c", "mean"], ["a"]),
+        *(helper.make_node("Shape", [of], [f"{of}s"]) for of in "xa"),
+        *(helper.make_node("Cast", [f"{of}s"], [f"{of}f"], to=1) for of in "xa"),
+        helper.make_node("Div", ["xf", "af"], ["k"]),
+        helper.make_node("Resize", ["a", "", "k"], ["y"], mode="linear"),
+    ]
+    return nodes, {**AXES, "W": WEIGHT}
+
+
+def graphs_inside() -> tuple[list, dict]:
+    def branch(name: str, operator: str) -> onnx.GraphProto:
+        axes = numpy_helper.from_array(AXES["axes"])
+        nodes = [helper.make_node("Constant", [], [name + "a"], value=axes)]
+        nodes.append(helper.make_node(operator, ["x", name + "a"], [name], keepdims=1))
+        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(name, 1, [1, 3, 1, 1])])
+
+    branches = {"then_branch": branch("p", "ReduceMean"), "else_branch": branch("q", "ReduceMax")}
+    nodes = [helper.make_node("If", ["c"], ["m"], **branches), helper.make_node("Sub", ["x", "m"], ["y"])]
+    return nodes, {"c": np.array(True)}
+
+
+def all_axes() -> tuple[list, dict]:
+    nodes = [helper.make_node("ReduceMean", ["x", "none"], ["m"], keepdims=1)]
+    return [*nodes, helper.make_node("Sub", ["x", "m"], ["y"])], {"none": np.array([], np.int64)}
+
+
+def deep_padding() -> tuple[list, dict]:
+    sizes = {"K": (3, 3, 1, 1), "Q": (3, 3, 11, 11)}
+    kernels = {name: RNG.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+    padded = helper.make_node("Conv", ["a", "K"], ["b"], pads=[5] * 4)
+    return [*MEAN, padded, helper.make_node("Conv", ["b", "Q"], ["y"])], {**AXES, **kernels}
+
+
+def other_numbers() -> tuple[list, dict]:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["d"], to=onnx.TensorProto.DOUBLE),
+        helper.make_node("ReduceMean", ["d", "axes"], ["m"], keepdims=1),
+        helper.make_node("Cast", ["m"], ["f"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Sub", ["x", "f"], ["y"]),
+    ]
+    return nodes, AXES
+
+
+def several_outputs() -> tuple[list, dict]:
+    """Of a value of the whole picture, of which the second is read."""
+    nodes = [
+        *MEAN,
+        helper.make_node("Abs", ["a"], ["b"]),
+        helper.make_node("ReduceMean", ["b", "axes"], ["m2"], keepdims=1),
+        helper.make_node("Conv", ["m2", "K"], ["g"]),
+        helper.make_node("Split", ["g"], ["s", "t"], axis=1, num_outputs=2),
+        helper.make_node("Add", ["x", "t"], ["y"]),
+    ]
+    return nodes, {**AXES, "K": RNG.normal(size=(6, 3, 1, 1)).astype(np.float32)}
+
+
+def very_deep() -> tuple[list, dict]:
+    """A reach of 96 rows, with skips."""
+    nodes, constants, last = list(MEAN), dict(AXES), "a"
+    for i in range(48):
+        for j in "pq":
+            constants[f"w{i}{j}"] = WEIGHT * np.float32(0.1)
+        nodes += [
+            helper.make_node("Conv", [last, f"w{i}p"], [f"c{i}"], pads=[1] * 4),
+            helper.make_node("Relu", [f"c{i}"], [f"r{i}"]),
+            helper.make_node("Conv", [f"r{i}", f"w{i}q"], [f"d{i}"], pads=[1] * 4),
+            helper.make_node("Add", [last, f"d{i}"], [f"b{i}"]),
+        ]
+        last = f"b{i}"
+    return [*nodes, helper.make_node("Tanh", [last], ["y"])], constants
+
+
+def small_inside() -> tuple[list, dict]:
+    """A sixteenth of the rows, of which small pictures have fewer than tiles."""
+    nodes, last = [], "x"
+    for i in range(4):
+        nodes.append(helper.make_node("Conv", [last, "W"], [f"c{i}"], pads=[1] * 4, strides=[2, 2]))
+        last = f"c{i}"
+    nodes += [
+        helper.make_node("ReduceMean", [last, "axes"], ["m"], keepdims=1),
+        helper.make_node("Sub", [last, "m"], ["a"]),
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Resize", ["a", "", "", "s"], ["y"], mode="linear"),
+    ]
+    return nodes, {**AXES, "W": WEIGHT}
+
+
+@pytest.mark.parametrize("batch", ["n", 1])
+@pytest.mark.parametrize("graph", [very_deep, several_outputs, small_inside])
+def test_graphs_that_run(graph: Callable, batch: str | int, tmp_path: Path) -> None:
+    session = anysize.load(saved(tmp_path / "m.onnx", *graph(), batch), backend=GRAPHS[-1])
+    for rows in (1, 16, 100):
+        picture = np.random.default_rng(rows).random((200, 30, 3), np.float32)
+        tiled, whole = (
+            Upscaler(session, tiling=tiling) for tiling in (Tiling("lockstep", rows), Tiling("whole"))
+        )
+        np.testing.assert_allclose(tiled(picture), whole(picture), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["n", 1])
+@pytest.mark.parametrize(
+    ("graph", "says"),
+    [
+        (wrapping, "mode wrap"),
+        (scales_of_sizes, "its scales are computed"),
+        (graphs_inside, "graphs inside"),
+        (all_axes, "names no axes|do not stay"),
+        (deep_padding, "padded by more than it reaches"),
+        (other_numbers, "not 32-bit floats"),
+    ],
+)
+def test_graphs_that_are_refused(graph: Callable, says: str, batch: str | int, tmp_path: Path) -> None:
+    session = anysize.load(saved(tmp_path / "m.onnx", *graph(), batch), backend=GRAPHS[-1])
+    with pytest.raises(NotStreamable, match=says):
+        session.lockstep()
+
+
+def test_nearest_rows_that_rounding_decides_are_refused(tmp_path: Path) -> None:
+    """26 rows of every third one of 78, to 61: row 30 lies on the border, and engines pick differently."""
+    nodes = [
+        helper.make_node("MaxPool", ["x"], ["p"], kernel_shape=[1, 1], strides=[3, 1]),
+        helper.make_node("ReduceMean", ["p", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["p", "mean"], ["a"]),
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Resize", ["a", "", "", "s"], ["y"], mode="nearest"),
+    ]
+    session = anysize.load(saved(tmp_path / "m.onnx", nodes, AXES), backend=GRAPHS[-1])
+    refused = 0
+    for height in range(70, 100):
+        picture = np.random.default_rng(height).random((height, 12, 3), np.float32)
+        want = Upscaler(session, tiling=Tiling("whole"))(picture)
+        try:
+            got = Upscaler(session, tiling=Tiling("lockstep", 16))(picture)
+        except NotStreamable:
+            refused += 1
+        else:
+            np.testing.assert_allclose(got, want, atol=1e-5)
+    assert 0 < refused < 20
+
+
+def test_stages_are_held_against_the_whole(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator that is read wrongly is found before the first picture."""
+    monkeypatch.setattr("anysize.lockstep._OVER", {"mean": lambda rows, **axes: np.mean(rows, **axes) + 0.1})
+    session = anysize.load(toybox.file("WholePicture"), backend=GRAPHS[0])
+    with pytest.raises(NotStreamable, match="gives something else than in one"):
+        session.lockstep()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import anysize.memory
 import numpy as np
 import pytest
 import torch
-from anysize import MemoryBudgetError, Options, SizePolicy, Stylizer, Tiling, Upscaler, load
+from anysize import Dim, MemoryBudgetError, Options, SizePolicy, Stylizer, Tiling, Upscaler, load
 from anysize.memory import Held, available, measure, peak, resident
 from anysize.tuning import Tuned
 from conftest import ENGINES, ToyBox
@@ -28,7 +29,7 @@ def test_a_container_counts(tmp_path: Path) -> None:
     assert machine > 0
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 300\n")
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 200\nactive_file 100\n")
     assert available(tmp_path) == pytest.approx(machine, rel=0.1)
     (tmp_path / "memory.max").write_text("5000\n")
     assert available(tmp_path) == 5000 - 700
@@ -36,7 +37,7 @@ def test_a_container_counts(tmp_path: Path) -> None:
     old.mkdir()
     (old / "memory.limit_in_bytes").write_text("4000\n")
     (old / "memory.usage_in_bytes").write_text("4500\n")
-    (old / "memory.stat").write_text("total_inactive_file 100\n")
+    (old / "memory.stat").write_text("total_inactive_file 50\ntotal_active_file 50\n")
     assert available(tmp_path) == 0
 
 
@@ -179,3 +180,28 @@ def test_tuning_keeps_it(toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.Mon
     assert 0.3 < first.tuned.held.factor < 4
     again = load(toybox.file("WholePicture"), backend=engine, options=Options(cache_dir=tmp_path))
     assert again.tuned == first.tuned
+
+
+def test_a_model_of_small_sizes_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where two sizes do not differ enough, nothing is measured."""
+    session = numpy_session(nearest(1), image_spec(1))
+    assert measure(session) is None
+    file_session = load("default", backend=GRAPHS[0])
+    spec = file_session.spec
+    dims = {name: replace(dim, max=64) for name, dim in spec.dims.items()}
+    tensors = tuple(
+        replace(t, shape=tuple(dims.get(s.name, s) if isinstance(s, Dim) else s for s in t.shape))
+        for t in spec.inputs
+    )
+    guard = file_session._guards[0]
+    guard.model = replace(guard.model, spec=replace(spec, inputs=tensors))
+    guard.spec = guard.model.spec
+    assert measure(file_session) is None
+    assert "was not measured: its graph does not tell enough" in caplog.text
+
+
+def test_a_batch_of_many_is_planned_at_once(toybox: ToyBox) -> None:
+    stylize = Stylizer(toybox.file("WholePicture"), backend=GRAPHS[0])
+    started = time.perf_counter()
+    stylize.batch([np.zeros((300, 300, 3), np.uint8)], most=10**9)
+    assert time.perf_counter() - started < 5

@@ -50,12 +50,16 @@ class LockstepRunner:
     def __init__(self, guard: ShapeGuard) -> None:
         """Raises `NotStreamable`, `BackendUnavailableError`."""
         self.model = staged_model(guard.model)
-        self.backend, self.options = guard.backend, guard.options
+        self.backend = guard.backend
+        self.options = replace(
+            guard.options, precision="f32"
+        )  # in which it can be told whether they are right
         self._stats = Stats(
             backend=guard.backend.name, device=guard.options.device, precision=guard.options.precision
         )
         self._lock = threading.Lock()
         self._verify(guard)
+        self.options = guard.options
 
     def _verify(self, guard: ShapeGuard) -> None:
         """Hold the stages against the model in one, on noise. Raises `NotStreamable`."""

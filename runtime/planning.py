@@ -47,10 +47,9 @@ Inputs = Callable[[], list[Array]]
 class Plan:
     """How one picture runs, and why. All sizes in input pixels.
 
-    `cut`: the tiles, for the methods tile (and whole, which is one); `stages` runs tiles of `tile` rows, for
-    the method lockstep; `bands` runs `strips` (an extent and the
-    columns it is cut in) of `tile` rows, for the method stream. `streams` strips or tiles run at the same
-    time. The rest as in `Report`.
+    `cut`: the tiles, for the methods tile (and whole, which is one); `bands` runs `strips` (an extent and the
+    columns it is cut in) of `tile` rows, for the method stream; `stages` runs tiles of `tile` rows, for the
+    method lockstep. `streams` strips or tiles run at the same time. The rest as in `Report`.
     """
 
     method: str

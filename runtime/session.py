@@ -103,11 +103,9 @@ class Options:
             from platformdirs import user_cache_dir
 
             folder = user_cache_dir("anysize", appauthor=False)
-        return (
-            Cache(Path(folder).absolute(), code_digest("tuning.py", "memory.py"))
-            if os.fspath(folder)
-            else None
-        )
+        if not os.fspath(folder):
+            return None
+        return Cache(Path(folder).absolute(), code_digest("tuning.py", "memory.py"))
 
 
 def whole_number(name: str, value: object, most: int | None = None) -> None:
@@ -370,11 +368,15 @@ class Session:
         from anysize.exporters.cost import working_bytes
 
         key = tuple(sorted(sizes.items()))
-        if key not in self._bytes:
+        with self._lock:
+            if key in self._bytes:
+                return self._bytes[key]
+        found = working_bytes(self._guards[0].model, sizes)
+        with self._lock:
             if len(self._bytes) >= _MOST_SIZES:
                 self._bytes.clear()
-            self._bytes[key] = working_bytes(self._guards[0].model, sizes)
-        return self._bytes[key]
+            self._bytes[key] = found
+        return found
 
     def operations(self, sizes: Mapping[str, int]) -> tuple[int, int] | None:
         """Operations and bytes moved in a run of these sizes; None where the graph cannot be read."""

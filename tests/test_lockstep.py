@@ -391,3 +391,14 @@ def test_stages_are_held_against_the_whole(toybox: ToyBox, monkeypatch: pytest.M
     session = anysize.load(toybox.file("WholePicture"), backend=GRAPHS[0])
     with pytest.raises(NotStreamable, match="gives something else than in one"):
         session.lockstep()
+
+
+def test_bf16_runs_as_near_as_the_whole(toybox: ToyBox) -> None:
+    if "openvino" not in GRAPHS or "bf16" not in get_backend("openvino").precisions:
+        pytest.skip("needs an engine with bf16")
+    file = toybox.file("WholePicture")
+    picture = np.random.default_rng(0).random((120, 90, 3), np.float32)
+    want = Upscaler(file, backend="openvino", tiling=Tiling("whole"))(picture)
+    for tiling in (Tiling("whole"), Tiling("lockstep", 32)):
+        got = Upscaler(file, backend="openvino", precision="bf16", tiling=tiling)(picture)
+        assert np.abs(got - want).max() <= 0.02

@@ -50,19 +50,17 @@ class LockstepRunner:
     def __init__(self, guard: ShapeGuard) -> None:
         """Raises `NotStreamable`, `BackendUnavailableError`."""
         self.model = staged_model(guard.model)
-        self.backend = guard.backend
-        self.options = replace(
-            guard.options, precision="f32"
-        )  # in which it can be told whether they are right
+        self.backend, self.options = guard.backend, replace(guard.options, precision="f32")
         self._stats = Stats(
             backend=guard.backend.name, device=guard.options.device, precision=guard.options.precision
         )
         self._lock = threading.Lock()
         self._verify(guard)
-        self.options = guard.options
 
     def _verify(self, guard: ShapeGuard) -> None:
-        """Hold the stages against the model in one, on noise. Raises `NotStreamable`."""
+        """Hold the stages against the model in one, on noise, in f32, where it can be told whether they are
+        right; then see that they run in the guard's precision. Raises `NotStreamable`.
+        """
         spec = guard.spec
         axes = [size for size in spec.inputs[0].shape[2:] if isinstance(size, Dim)]
         rows: list[Array] = []
@@ -82,8 +80,12 @@ class LockstepRunner:
                 want = program.run(feeds)[self.model.output][0]
             with closing(run):
                 run.run(lambda top, values: rows.append(values))
+                if guard.options != self.options:
+                    self.options = guard.options
+                    run.run(lambda top, values: None)
         except (ExecutionError, IntegrityError) as error:
-            raise NotStreamable(f"the engine does not run its stages: {error}") from error
+            text = f"{self.backend.name} does not run its stages in {self.options.precision}: {error}"
+            raise NotStreamable(text) from error
         got = np.concatenate(rows, axis=1)
         allowed = _VERIFIED_ERROR * max(1.0, float(np.abs(want).max()))
         if got.shape != want.shape or not np.allclose(got, want, rtol=0, atol=allowed):

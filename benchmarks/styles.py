@@ -177,7 +177,7 @@ def main() -> None:
     lines += ["", "| engine | factor | estimate |", "|---|---|---|", *measured]
     for face, region in FACES.items():
         picture = read_picture(ASSETS / "images" / "set5" / "HR" / f"{face}.png").array
-        found = sweep(str(weights), picture, region=region, say=print)
+        found = sweep(str(weights), picture, region=region, rounds=3, say=print)
         made = found.write(OUT / f"sweep-{face}")
         made[-1].rename(DOCS / f"animegan-{face}.png")
         lines += ["", f"## By resolution: '{face}' of Set5", "", *found.markdown().splitlines()[6:]]

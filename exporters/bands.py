@@ -17,14 +17,13 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array, Model
-from anysize.backends.errors import BackendUnavailableError, NotStreamable
+from anysize.backends.errors import NotStreamable
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
-from anysize.exporters.cost import infer_shapes
+from anysize.exporters.cost import infer_shapes, picture_graph
 from anysize.exporters.operators import Facts, Operator, read_operator, refuse
 from anysize.exporters.radius import image_step
 
@@ -85,26 +84,9 @@ def band_model(model: Model) -> BandModel:
 
     Raises `NotStreamable` naming the operator and the reason, `BackendUnavailableError` without onnx.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"streaming reads the model with onnx: pip install onnx ({error})", name="onnx"
-        ) from error
+    onnx, proto = picture_graph(model, "bands", 13)
     spec = model.spec
     assert spec is not None
-    if model.format == "module":
-        raise NotStreamable(
-            "torch runs modules, and only a graph can be taken apart into bands; use openvino or onnxruntime"
-        )
-    if model.format != "onnx" or isinstance(model.data, Path):
-        raise NotStreamable("bands are made from an .onnx file of one piece, not from other graphs")
-    if spec.scale is None or not all(isinstance(s, Dim) for s in spec.inputs[0].shape[2:]):
-        raise NotStreamable("not a model of one picture of any size to one picture")
-    try:
-        proto = onnx.load_model_from_string(model.data)
-    except Exception as error:  # protobuf's own classes; an engine may read what this onnx cannot
-        raise NotStreamable(f"onnx cannot read this model: {error}") from error
     taken = [*proto.graph.input, *proto.graph.initializer]
     names = [*(value.name for value in taken), *(n for node in proto.graph.node for n in node.output)]
     if any(name.startswith("bands/") for name in names):
@@ -135,8 +117,6 @@ def band_model(model: Model) -> BandModel:
 
 def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
     """Sort the graph's nodes into those on pictures, on weights, and on sizes."""
-    if any(i.domain in ("", "ai.onnx") and i.version < 13 for i in proto.opset_import):
-        raise NotStreamable("the graph is of an ONNX opset before 13; export it again")
     shapes = []
     for tall, wide in _SIZES:
         shape = (1, spec.channels or 0, _size(spec, 2, tall), _size(spec, 3, wide))

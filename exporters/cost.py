@@ -1,4 +1,4 @@
-"""How much memory running a model will take: what must be held at once, read off its graph."""
+"""What a graph tells without being run: shapes, the memory held at once, the arithmetic."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Model
+from anysize.backends.errors import BackendUnavailableError, NotStreamable
+from anysize.backends.spec import Dim
 
 _SMALL = 4096  # numbers in a weight that may be part of a computation of sizes
 
@@ -55,6 +57,36 @@ def _read(model: Model) -> tuple[Any, Any] | None:
     except ImportError:
         return None
     return onnx, onnx.load_model_from_string(model.data)
+
+
+def picture_graph(model: Model, parts: str, opset: int) -> tuple[Any, Any]:
+    """onnx itself and the graph of a model that takes and gives one picture, to be taken apart into `parts`.
+
+    Raises `NotStreamable` where it is none, or of an opset before `opset`; `BackendUnavailableError` without
+    onnx.
+    """
+    try:
+        import onnx
+        import onnx.reference
+    except ImportError as error:
+        text = f"{parts} are made from the model with onnx: pip install onnx ({error})"
+        raise BackendUnavailableError(text, name="onnx") from error
+    spec = model.spec
+    assert spec is not None
+    if model.format == "module":
+        text = "torch runs modules, and only a graph can be taken apart into"
+        raise NotStreamable(f"{text} {parts}; use openvino or onnxruntime")
+    if model.format != "onnx" or isinstance(model.data, Path):
+        raise NotStreamable(f"{parts} are made from an .onnx file of one piece, not from others")
+    if spec.scale is None or not all(isinstance(s, Dim) for s in spec.inputs[0].shape[2:]):
+        raise NotStreamable("not a model of one picture of any size to one picture")
+    try:
+        proto = onnx.load_model_from_string(model.data)
+    except Exception as error:  # protobuf's own classes; an engine may read what this onnx cannot
+        raise NotStreamable(f"onnx cannot read this model: {error}") from error
+    if any(i.domain in ("", "ai.onnx") and i.version < opset for i in proto.opset_import):
+        raise NotStreamable(f"the graph is of an ONNX opset before {opset}; export it again")
+    return onnx, proto
 
 
 def operations(model: Model, sizes: Mapping[str, int]) -> tuple[int, int] | None:

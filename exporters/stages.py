@@ -17,14 +17,13 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array, Model
-from anysize.backends.errors import BackendUnavailableError, NotStreamable
+from anysize.backends.errors import NotStreamable
 from anysize.backends.spec import Dim, ModelSpec, TensorSpec
-from anysize.exporters.cost import infer_shapes
+from anysize.exporters.cost import infer_shapes, picture_graph
 from anysize.exporters.steps import Gathered, Port, Reader, Rows, Shape, Step
 
 #: rows beyond the least, and tiles they are cut in, on which it is seen who reads fewer rows than there are
@@ -116,29 +115,9 @@ def staged_model(model: Model) -> StagedModel:
 
     Raises `NotStreamable` naming the operator and the reason, `BackendUnavailableError` without onnx.
     """
-    try:
-        import onnx
-        import onnx.reference
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"stages are made from the model with onnx: pip install onnx ({error})", name="onnx"
-        ) from error
+    onnx, proto = picture_graph(model, "stages", 18)
     spec = model.spec
     assert spec is not None
-    if model.format == "module":
-        raise NotStreamable(
-            "torch runs modules, and only a graph can be taken apart into stages; use openvino or onnxruntime"
-        )
-    if model.format != "onnx" or isinstance(model.data, Path):
-        raise NotStreamable("stages are made from an .onnx file of one piece, not from others")
-    if spec.scale is None or not all(isinstance(s, Dim) for s in spec.inputs[0].shape[2:]):
-        raise NotStreamable("not a model of one picture of any size to one picture")
-    try:
-        proto = onnx.load_model_from_string(model.data)
-    except Exception as error:  # protobuf's own classes; an engine may read what this onnx cannot
-        raise NotStreamable(f"onnx cannot read this model: {error}") from error
-    if any(i.domain in ("", "ai.onnx") and i.version < 18 for i in proto.opset_import):
-        raise NotStreamable("the graph is of an ONNX opset before 18; export it again")
     if any(name.startswith("stages/") for node in proto.graph.node for name in node.output):
         raise NotStreamable("the model's tensors are named as those of stages are: 'stages/...'")
     reader = Reader(onnx, proto, spec)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 _POINTS = (2**27, 2**29)
 _LARGEST_SIDE = 4096
 _TIMEOUT = 120.0
-#: larger sizes were seen to take up to 6 % more than what two small ones foretell
-_MARGIN = 1.1
+#: larger sizes were seen to take up to 9 % more than what two small ones foretell, on other machines 19 %
+_MARGIN = 1.2
+#: times a child runs its size: memory falls to pieces, and the third run was seen to take 10 % more
+_RUNS = 3
 #: limit, usage, counts, and which of them are of files that the system lets go when it needs the memory
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
@@ -146,7 +148,9 @@ def main() -> None:
     backend = get_backend(name)
     feeds = random_feeds(model.spec, sizes)
     before = resident()
-    ShapeGuard(backend, model, options, strategy, 1).run(feeds, finite=False)
+    guard = ShapeGuard(backend, model, options, strategy, 1)
+    for _ in range(_RUNS):
+        guard.run(feeds, finite=False)
     print(peak() - before)  # noqa: T201
 
 

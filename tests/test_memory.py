@@ -16,9 +16,10 @@ import pytest
 import torch
 from anysize import Dim, MemoryBudgetError, Options, SizePolicy, Stylizer, Tiling, Upscaler, load
 from anysize.memory import Held, available, measure, peak, resident
+from anysize.models.architectures import SRVGGNetCompact
 from anysize.tuning import Tuned
 from conftest import ENGINES, ToyBox
-from toys import Anime, image_spec, nearest, numpy_session
+from toys import image_spec, nearest, numpy_session
 
 GRAPHS = [name for name in ENGINES if name != "torch"]
 
@@ -55,13 +56,13 @@ def test_what_was_measured_holds_for_a_larger_picture(engine: str, toybox: ToyBo
     """A child of its own runs four times the pixels: within the estimate, and not far from it."""
     if engine == "torch":
         source = tmp_path / "weights.pt"
-        torch.save(Anime(1).state_dict(), source)
+        torch.save(SRVGGNetCompact(features=16, convolutions=2, scale=1).state_dict(), source)
     else:
         source = toybox.file("WholePicture")
     session = load(source, backend=engine)
     held = measure(session)
     assert held is not None
-    side = 1000 if engine == "torch" else 5000
+    side = 3000 if engine == "torch" else 5000
     code = f"""
 import numpy as np
 from anysize import load
@@ -73,7 +74,7 @@ print(peak() - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     estimate = held.bytes(session.working_bytes({"n": 1, "h": side, "w": side}))
-    assert int(done.stdout) <= estimate <= 1.5 * int(done.stdout)
+    assert int(done.stdout) <= estimate <= 1.6 * int(done.stdout)
 
 
 def test_what_cannot_be_measured_is_none(toybox: ToyBox, caplog: pytest.LogCaptureFixture) -> None:
@@ -97,7 +98,7 @@ def test_plans_go_by_what_was_measured(toybox: ToyBox) -> None:
             Upscaler(session, tiling=Tiling("whole", memory=1))(np.zeros((1000, 1000, 3), np.uint8))
         needs.append(int(re.search(r"about (\d+) MiB more", str(caught.value))[1]))
     alive = session.working_bytes({"n": 1, "h": 1000, "w": 1000}) / 2**20
-    assert needs == pytest.approx([2 * alive + 40, 1.1 * alive, 1.1 * (3 * alive + 1024)], abs=2)
+    assert needs == pytest.approx([2 * alive + 40, 1.2 * alive, 1.2 * (3 * alive + 1024)], abs=2)
     assert session.stats.calls == 0
     assert Tuned.from_json(session.tuned.to_json()) == session.tuned
 

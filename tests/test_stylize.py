@@ -59,7 +59,7 @@ def test_engines_agree(generator: tuple[AnimeGANv2, Path]) -> None:
         assert (spec.scale, spec.radius, spec.tileable) == (1, None, False)
         assert spec.dims["h"] == Dim("h", 8)
         assert spec.outputs[0].shape[2] == (Rule("h") if module.align_corners else Rule("h", 4, 4))
-    for size in SIZES:
+    for size in SIZES[:3] if module.align_corners else SIZES[2:]:  # all of them: benchmarks/styles.py
         x = noise(1, 3, *size, dtype=np.float32) * 2 - 1
         with torch.inference_mode():
             want = module(torch.from_numpy(x)).numpy()

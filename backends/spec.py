@@ -91,11 +91,23 @@ Size = int | Dim | Rule
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One named tensor. An input's free axes are `Dim`s; `Rule`s tie axes to them; ints are fixed."""
+    """One named tensor. An input's free axes are `Dim`s; `Rule`s tie axes to them; ints are fixed.
+
+    `values`: the least and the largest that an input is given, where those are not the model's `value_range`
+    (a timestep, a mask of 0 and 1); engines are held against each other on such.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[Size, ...]
+    values: tuple[float, float] | None = None
+
+    def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape for given sizes of the free axes."""
+        return tuple(
+            s if isinstance(s, int) else sizes[s.name] if isinstance(s, Dim) else s(sizes[s.dim])
+            for s in self.shape
+        )
 
     def __str__(self) -> str:
         sizes = ", ".join(s.name if isinstance(s, Dim) else str(s) for s in self.shape)
@@ -202,16 +214,17 @@ class ModelSpec:
 
     def input_shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The inputs' shapes for given sizes of the free axes."""
-        return {t.name: _resolve(t.shape, sizes) for t in self.inputs}
+        return {t.name: t.sized(sizes) for t in self.inputs}
 
     def output_shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """The outputs' shapes for given sizes of the free axes (as `bind` returns them)."""
-        return {t.name: _resolve(t.shape, sizes) for t in self.outputs}
+        return {t.name: t.sized(sizes) for t in self.outputs}
 
     def to_json(self) -> str:
         def tensor(t: TensorSpec) -> dict[str, Any]:
             shape = [s if isinstance(s, int) else {type(s).__name__: asdict(s)} for s in t.shape]
-            return {"name": t.name, "dtype": t.dtype.name, "shape": shape}
+            values = {} if t.values is None else {"values": t.values}
+            return {"name": t.name, "dtype": t.dtype.name, "shape": shape, **values}
 
         fields = {k: v for k, v in self.__dict__.items() if k not in ("inputs", "outputs")}
         tensors = {k: [tensor(t) for t in getattr(self, k)] for k in ("inputs", "outputs")}
@@ -243,12 +256,6 @@ class ModelSpec:
             raise ModelLoadError(f"the model's embedded contract is damaged: {error}") from error
 
 
-def _resolve(shape: tuple[Size, ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(
-        s if isinstance(s, int) else sizes[s.name] if isinstance(s, Dim) else s(sizes[s.dim]) for s in shape
-    )
-
-
 def _tensor(data: Mapping[str, Any]) -> TensorSpec:
     def size(value: Any) -> Size:
         if type(value) is int and 0 < value < _LARGEST:
@@ -264,4 +271,10 @@ def _tensor(data: Mapping[str, Any]) -> TensorSpec:
         kinds: dict[str, type[Dim] | type[Rule]] = {"Dim": Dim, "Rule": Rule}
         return kinds[kind](**fields)
 
-    return TensorSpec(str(data["name"]), np.dtype(data["dtype"]), tuple(map(size, data["shape"])))
+    values = data.get("values")
+    if values is not None:
+        low, high = map(float, values)
+        if not -math.inf < low <= high < math.inf:
+            raise ValueError(f"values {values!r}")
+        values = (low, high)
+    return TensorSpec(str(data["name"]), np.dtype(data["dtype"]), tuple(map(size, data["shape"])), values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import tempfile
@@ -20,12 +21,13 @@ from anysize.backends import (
     EngineOptions,
     Model,
     ModelSpec,
+    TensorSpec,
     available_backends,
     get_backend,
 )
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
-from anysize.exporters.probing import Templates, clip, probe
+from anysize.exporters.probing import Templates, clip, noise, probe
 from anysize.exporters.radius import Run
 from anysize.exporters.recipes import translations
 
@@ -42,7 +44,7 @@ def export(
     module: Any,
     path: str | os.PathLike[str],
     *,
-    inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike,
+    inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike = None,
     value_range: tuple[float, float] | None = None,
     source_sha256: str = "",
 ) -> Path:
@@ -51,8 +53,8 @@ def export(
     `inputs`, by argument name or in the order of `forward`, each either an example (tensor or array; of an
     NCHW example N, H and W are probed, of any other every axis but the second) or a shape such as
     `("n", 3, "h", "w")`, where names are the axes to probe and ints are fixed; all dtypes float32 unless an
-    example says otherwise. `value_range`: of image values; None: what the module's own `value_range` says, or
-    else 0 to 1. The module is not changed.
+    example says otherwise. None: what the module's own `inputs` says, as `TensorSpec`s. `value_range`: of
+    image values; None: what the module's own `value_range` says, or else 0 to 1. The module is not changed.
 
     The contract is probed in eager PyTorch, the graph exported, and every installed engine that takes
     the file run at sizes not used in the export: outputs must be finite, of the ruled shape, and within
@@ -111,11 +113,14 @@ def private_copy(module: Any) -> Any:
 
 
 def input_templates(
-    module: Any, inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike
+    module: Any, inputs: Mapping[str, InputLike] | Sequence[InputLike] | InputLike | None
 ) -> tuple[Templates, dict[str, int] | None]:
     """Bring `export`'s `inputs` into templates for the probe, and the example's sizes if there is one."""
-    import inspect
-
+    if inputs is None:
+        declared = declared_inputs(module)
+        if declared is None:
+            raise OptionError(f"inputs: {type(module).__name__} does not say what it takes; name its inputs")
+        return declared, None
     if not isinstance(inputs, Mapping):
         one = hasattr(inputs, "shape") or any(isinstance(a, (int, str)) for a in inputs)
         values = [inputs] if one else list(inputs)
@@ -123,7 +128,7 @@ def input_templates(
         inputs = dict(zip(parameters, values, strict=False))
     if not inputs:
         raise OptionError("inputs: at least one is needed")
-    templates: dict[str, tuple[np.dtype[Any], tuple[int | str, ...]]] = {}
+    templates: list[TensorSpec] = []
     example: dict[str, int] = {}
     for i, (name, value) in enumerate(inputs.items()):
         if hasattr(value, "shape"):
@@ -131,18 +136,27 @@ def input_templates(
             dtype = np.dtype(str(value.dtype).removeprefix("torch."))
             tag = "" if i == 0 else f"_{name}"
             letters = {0: "n", 2: f"h{tag}", 3: f"w{tag}"} if len(shape) == 4 else {}
-            axes: list[int | str] = []
+            axes: list[int | Dim] = []
             for axis, size in enumerate(shape):
                 free = letters.get(axis) or (f"d{axis}{tag}" if axis and len(shape) != 4 else "n")
-                axes.append(size if axis == 1 else free)
+                axes.append(size if axis == 1 else Dim(free))
                 if axis != 1 and example.setdefault(free, size) != size:
                     raise OptionError(f"input '{name}': batch {size} differs from {example[free]}")
-            templates[name] = (dtype, tuple(axes))
+            templates.append(TensorSpec(name, dtype, tuple(axes)))
         else:
             if not all(isinstance(a, (int, str)) for a in value):
                 raise OptionError(f"input '{name}': a shape holds ints and names, got {value!r}")
-            templates[name] = (np.dtype(np.float32), tuple(value))
+            axes = [a if isinstance(a, int) else Dim(a) for a in value]
+            templates.append(TensorSpec(name, np.dtype(np.float32), tuple(axes)))
     return templates, example or None
+
+
+def declared_inputs(module: Any) -> Templates | None:
+    """What a module says that it takes, in its `inputs`; None where it says nothing."""
+    inputs = getattr(module, "inputs", None)
+    if isinstance(inputs, (tuple, list)) and inputs and all(isinstance(t, TensorSpec) for t in inputs):
+        return inputs
+    return None
 
 
 def eager(module: Any, names: Sequence[str]) -> Run:
@@ -168,7 +182,11 @@ def probe_module(
     example: Mapping[str, int] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> ModelSpec:
-    """The contract of a torch module; see `probe`, and `export` for `value_range`."""
+    """The contract of a torch module; see `probe`, and `export` for `value_range`.
+
+    A module may say more of itself: `tileable` False spares measuring how far a pixel reaches, and `note` is
+    kept in the contract.
+    """
     import torch
 
     values: Any = getattr(module, "value_range", (0.0, 1.0)) if value_range is None else value_range
@@ -178,8 +196,15 @@ def probe_module(
         low = high = 0.0
     if not (low < high and max(-low, high) <= float(np.finfo(np.float32).max)):
         raise OptionError(f"value_range must be the least and the largest value, not {values!r}")
-    spec = probe(eager(module, list(templates)), templates, example=example, value_range=(low, high))
-    return replace(spec, producer=f"torch {torch.__version__}")
+    spec = probe(
+        eager(module, [t.name for t in templates]),
+        templates,
+        example=example,
+        value_range=(low, high),
+        radius=getattr(module, "tileable", True),
+    )
+    note = getattr(module, "note", "")
+    return replace(spec, producer=f"torch {torch.__version__}" + (f"; {note}" if note else ""))
 
 
 def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
@@ -200,11 +225,14 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
     sizes = {n: clip(d, 2 if i == 0 else 7 + 14 * i) for i, (n, d) in enumerate(spec.dims.items())}
     shapes = spec.input_shapes(sizes)
-    args = tuple(torch.zeros(shapes[t.name], dtype=getattr(torch, t.dtype.name)) + 0.5 for t in spec.inputs)
+    args = tuple(torch.full(shapes[t.name], 0.5).to(getattr(torch, t.dtype.name)) for t in spec.inputs)
     auto = torch.export.Dim.AUTO
-    dynamic = tuple(
+    dynamic: tuple[Any, ...] = tuple(
         {axis: auto for axis, size in enumerate(t.shape) if not isinstance(size, int)} for t in spec.inputs
     )
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # one argument, for torch
+        dynamic = (dynamic,)
     try:
         with _quiet():
             program = torch.export.export(module, args, dynamic_shapes=dynamic)
@@ -323,14 +351,9 @@ def sizes_near(spec: ModelSpec, side: int) -> dict[str, int]:
 
 
 def random_feeds(spec: ModelSpec, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
-    """Uniform noise in the contract's value range, of the shapes that `sizes` give."""
+    """Uniform noise in the contract's ranges of values, of the shapes that `sizes` give."""
     rng = np.random.default_rng(seed)
-    low, high = spec.value_range
-    shapes = spec.input_shapes(sizes)
-    return {
-        t.name: (low + (high - low) * rng.random(shapes[t.name], np.float32)).astype(t.dtype)
-        for t in spec.inputs
-    }
+    return {t.name: noise(t, sizes, spec.value_range, rng) for t in spec.inputs}
 
 
 def verify(module: Any, model: Model, backends: Sequence[Backend]) -> None:

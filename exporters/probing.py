@@ -18,8 +18,8 @@ from anysize.backends.errors import ExportError
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
 from anysize.exporters.radius import Run, measure_radius
 
-#: per input: dtype, and its axes: an int is fixed, a name is an axis to be probed
-Templates = Mapping[str, tuple[np.dtype[Any], tuple[int | str, ...]]]
+#: the inputs; of their free axes (`Dim`) no more is known than the name
+Templates = Sequence[TensorSpec]
 
 _BASES = tuple(dict.fromkeys((16, 32, 64, 24, 48, 96, 128, 224, 256, 512, *range(1, 130))))
 _RATIOS = (Fraction(1), Fraction(2), Fraction(1, 2), Fraction(4), Fraction(1, 4), Fraction(8), Fraction(1, 8))
@@ -47,10 +47,8 @@ def probe(
 class _Probe:
     def __init__(self, run: Run, templates: Templates, value_range: tuple[float, float]) -> None:
         self.run, self.templates, self.value_range = run, templates, value_range
-        self.names = list(
-            dict.fromkeys(a for _, axes in templates.values() for a in axes if isinstance(a, str))
-        )
-        first_axes = {axes[0] for _, axes in templates.values() if len(axes) > 1}
+        self.names = list(dict.fromkeys(name for t in templates for name in _free(t)))
+        first_axes = {t.shape[0].name for t in templates if len(t.shape) > 1 and isinstance(t.shape[0], Dim)}
         self.batch = [n for n in self.names if n in first_axes]
         self.seen: dict[tuple[int, ...], dict[str, Array] | None] = {}
         self.ties: dict[str, Rule] = {}
@@ -62,13 +60,7 @@ class _Probe:
     # -- running at one size
 
     def feeds(self, sizes: Mapping[str, int]) -> dict[str, Array]:
-        low, high = self.value_range
-        feeds: dict[str, Array] = {}
-        for name, (dtype, axes) in self.templates.items():
-            shape = tuple(a if isinstance(a, int) else sizes[a] for a in axes)
-            values = low + (high - low) * self.rng.random(shape, np.float32)
-            feeds[name] = values.astype(dtype)
-        return feeds
+        return {t.name: noise(t, sizes, self.value_range, self.rng) for t in self.templates}
 
     def complete(self, sizes: Mapping[str, int]) -> dict[str, int] | None:
         """Add the tied axes' sizes; None if one would not be whole."""
@@ -114,11 +106,11 @@ class _Probe:
                 dims[name] = replace(dim, max=self.maximum(dim, free[name], least))
         outputs = self.fit_outputs(free, dims)
         inputs = tuple(
-            TensorSpec(name, dtype, tuple(a if isinstance(a, int) else self.size(a, dims) for a in axes))
-            for name, (dtype, axes) in self.templates.items()
+            replace(t, shape=tuple(self.size(s.name, dims) if isinstance(s, Dim) else s for s in t.shape))
+            for t in self.templates
         )
         seen: set[str] = set()
-        inputs = tuple(TensorSpec(t.name, t.dtype, _repeats_as_rules(t.shape, seen)) for t in inputs)
+        inputs = tuple(replace(t, shape=_repeats_as_rules(t.shape, seen)) for t in inputs)
         spec = ModelSpec(inputs, outputs, self.value_range)
         if radius and spec.scale is not None:
             reach = measure_radius(self.run, spec, self.rng)
@@ -134,7 +126,7 @@ class _Probe:
                 raise ExportError(f"the model does not run at the example's sizes {example}: {self.error}")
             return {n: example[n] for n in self.names}
         # Axes of later inputs may be a ratio of the first one's: try the ratios once equal sizes failed.
-        first, *later = [[a for a in axes if isinstance(a, str)] for _, axes in self.templates.values()]
+        first, *later = map(_free, self.templates)
         for ratios in itertools.product(_RATIOS, repeat=min(len(later), 2)):
             for size in _BASES:
                 sizes = dict.fromkeys(self.names, Fraction(size))
@@ -261,6 +253,21 @@ class _Probe:
 
     def inside(self, sizes: Mapping[str, int], dims: Mapping[str, Dim]) -> bool:
         return all(dim.allows(sizes[name]) for name, dim in dims.items())
+
+
+def noise(
+    tensor: TensorSpec, sizes: Mapping[str, int], value_range: tuple[float, float], rng: np.random.Generator
+) -> Array:
+    """Uniform noise for an input in its own range of values, or else in the model's."""
+    low, high = tensor.values or value_range
+    shape = tensor.sized(sizes)
+    if tensor.dtype.kind in "biu":
+        return rng.integers(int(low), int(high), shape, endpoint=True).astype(tensor.dtype)
+    return (low + (high - low) * rng.random(shape, np.float32)).astype(tensor.dtype)
+
+
+def _free(tensor: TensorSpec) -> list[str]:
+    return [size.name for size in tensor.shape if isinstance(size, Dim)]
 
 
 def _repeats_as_rules(shape: tuple[Size, ...], seen: set[str]) -> tuple[Size, ...]:

@@ -12,6 +12,7 @@ Importing this is cheap: each name is loaded when it is first used, and no engin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from anysize.backends.spec import Dim, ModelSpec, Rule, TensorSpec
     from anysize.batch import upscale_file
     from anysize.guard import Stats
+    from anysize.models.diffusion import parts
     from anysize.parity import ParityReport, compare
     from anysize.report import Report
     from anysize.session import Options, Session, load
@@ -59,6 +61,7 @@ _HOMES = {
     "backends.spec": "Dim ModelSpec Rule TensorSpec",
     "batch": "upscale_file",
     "guard": "Stats",
+    "models.diffusion": "parts",
     "parity": "ParityReport compare",
     "report": "Report",
     "session": "Options Session load",
@@ -82,17 +85,25 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def as_module(session: Session) -> torch.nn.Module:
-    """A `torch.nn.Module` with the original's call signature that runs `session`; needs torch."""
+def as_module(
+    session: Session | Mapping[str, Session], *, like: torch.nn.Module | None = None
+) -> torch.nn.Module:
+    """A `torch.nn.Module` with the original's call signature that runs `session`; needs torch.
+
+    `like`: the model of diffusers that the session was made from, whose class, config, arguments and results
+    the module then has; its weights may be let go. Of a model with several parts, `session` names one or more
+    (`{"encoder": ..., "decoder": ...}`); parts without a session stay as they are.
+    Raises `OptionError` where a session is not of that model, or a call brings an argument it does not take.
+    """
     try:
-        from anysize.torch_module import SessionModule
+        from anysize.torch_module import module
     except ImportError as error:
         from anysize.backends.errors import BackendUnavailableError
 
         raise BackendUnavailableError(
             f"a module needs torch: pip install 'anysize[torch]' ({error})", name="torch"
         ) from error
-    return SessionModule(session)
+    return module(session, like)
 
 
 __all__ = [
@@ -134,5 +145,6 @@ __all__ = [
     "fit_longest",
     "load",
     "models",
+    "parts",
     "upscale_file",
 ]

@@ -372,26 +372,46 @@ def tune(
 @app.command()
 def export(
     model: Annotated[
-        str, typer.Argument(help="Weights: a .pth, .pt or .safetensors file, or a bundled model.")
+        str,
+        typer.Argument(
+            help="Weights: a .pth, .pt or .safetensors file, a bundled model, or the folder of a model of "
+            "diffusers."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .onnx or .xml file to write.")],
+    part: Annotated[
+        str | None, typer.Option(help="Of a folder with several: encoder or decoder.", show_default=False)
+    ] = None,
+    positions: Annotated[
+        Literal["computed", "fixed", "interpolated"], typer.Option(help="Of a folder's transformer.")
+    ] = "computed",
+    latents: Annotated[
+        str | None, typer.Option(help="HxW to interpolate positions for.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Convert weights to ONNX or OpenVINO IR, with the probed contract inside, verified on every engine."""
+    from anysize.backends import available_backends, get_backend
     from anysize.exporters import export as export_module
-    from anysize.models import BUNDLED, bundled_file, load_weights
-    from anysize.sources import open_source
+    from anysize.models import BUNDLED, bundled_file, is_checkpoint, load_weights, parts
+    from anysize.sources import open_source, source_format
 
     path = bundled_file(model, ".safetensors") if model in BUNDLED else Path(model)
-    from anysize.sources import source_format
-
     if source_format(path) != "module":
-        raise OptionError(f"{path}: export takes .pth, .pt or .safetensors weights")
-    weights = load_weights(path)
-    shape = ("n", weights.in_channels, "h", "w")
-    written = export_module(weights.module, output, inputs=[shape], source_sha256=weights.sha256)
-    from anysize.backends import available_backends, get_backend
+        raise OptionError(f"{path}: export takes weights: .pth, .pt, .safetensors or a folder of diffusers")
+    if is_checkpoint(path):
+        size = next(iter(_sizes(latents, "--latents") or ()), None)
+        found = parts(path, positions=positions, size=size)
+        if part not in found and (part is not None or len(found) > 1):
+            raise OptionError(f"{path}: name one of its parts: --part {' or --part '.join(found)}")
+        written = export_module(found[part or next(iter(found))], output)
+    else:
+        if part or latents or positions != "computed":
+            raise OptionError("--part, --positions and --latents are for folders of diffusers")
+        weights = load_weights(path)
+        shape = ("n", weights.in_channels, "h", "w")
+        written = export_module(weights.module, output, inputs=[shape], source_sha256=weights.sha256)
 
     form = "onnx" if written.suffix == ".onnx" else "xml"
     takers = [get_backend(n) for n in available_backends()]
@@ -406,7 +426,10 @@ def export(
             f"{written}: verified on {', '.join(verified) or 'no engine (none installed)'}", markup=False
         )
         if spec is not None:
-            out.print(f"{spec.inputs[0]} -> {spec.outputs[0]}, receptive radius {spec.radius}", markup=False)
+            taken, given = (", ".join(map(str, tensors)) for tensors in (spec.inputs, spec.outputs))
+            radius = f", receptive radius {spec.radius}" if spec.scale is not None else ""
+            note = spec.producer.partition("; ")[2]
+            out.print(f"{taken} -> {given}{radius}" + (f"; {note}" if note else ""), markup=False)
     return OK
 
 
@@ -438,14 +461,14 @@ def parity(
     return OK if report.ok else FAILED
 
 
-def _sizes(text: str | None) -> list[tuple[int, int]] | None:
+def _sizes(text: str | None, option: str = "--sizes") -> list[tuple[int, int]] | None:
     if text is None:
         return None
     try:
         pairs = [part.lower().split("x") for part in text.split(",")]
         return [(int(h), int(w)) for h, w in pairs]
     except ValueError:
-        raise OptionError(f"--sizes must look like 64x48,33x65, not '{text}'") from None
+        raise OptionError(f"{option} must look like 64x48,33x65, not '{text}'") from None
 
 
 @app.command()

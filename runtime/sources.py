@@ -17,9 +17,11 @@ import numpy as np
 from anysize.backends import (
     SPEC_KEY,
     Backend,
+    Dim,
     EngineOptions,
     Model,
     ModelSpec,
+    TensorSpec,
     available_backends,
     describe_backends,
     get_backend,
@@ -33,7 +35,7 @@ from anysize.backends.errors import (
     ModelLoadError,
     OptionError,
 )
-from anysize.models import BUNDLED, bundled_file, load_weights
+from anysize.models import BUNDLED, bundled_file, is_checkpoint, load_weights, parts, recipes_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +66,12 @@ def source_format(source: Source) -> str:
     if str(source) in BUNDLED:
         return "bundled"
     path = Path(source)
+    if is_checkpoint(path):
+        return "module"
     known = (*WEIGHTS, *GRAPHS)
     if path.suffix.lower() not in known:
-        names = ", ".join(BUNDLED)
-        raise ModelLoadError(f"{path}: not a known model; expected {names} or a {', '.join(known)} file")
+        files = f"{', '.join(BUNDLED)} or a {', '.join(known)} file"
+        raise ModelLoadError(f"{path}: not a known model; expected {files}, or a folder of diffusers")
     if not path.is_file():
         raise ModelLoadError(f"{path}: no such file")
     return GRAPHS.get(path.suffix.lower(), "module")
@@ -126,7 +130,7 @@ def open_source(source: Source, backend: Backend, cache: Cache | None = None) ->
         source = bundled_file(str(source), suffix)
         form = source_format(source)
     if form == "module":
-        if isinstance(source, (str, os.PathLike)):
+        if isinstance(source, (str, os.PathLike)) and not Path(source).is_dir():
             return _from_weights(Path(source), backend, cache)
         return _from_module(source, backend)
     assert isinstance(source, (str, os.PathLike))
@@ -173,27 +177,33 @@ def _file_sha256(path: Path) -> str:
 
 
 def _from_module(source: Any, backend: Backend) -> Model:
-    from anysize.exporters.exporting import private_copy, probe_module, to_onnx, verify
+    from anysize.exporters.exporting import (
+        declared_inputs,
+        private_copy,
+        probe_module,
+        to_onnx,
+        verify,
+    )
 
-    if is_module(source):
-        module, sha256 = private_copy(source), ""
+    if is_module(source) or Path(source).is_dir():
+        module, sha256 = private_copy(_only_part(source)), ""
         channels: tuple[int, ...] = _CHANNELS
     else:
         weights = load_weights(Path(source))
         module, sha256, channels = weights.module, weights.sha256, (weights.in_channels,)
     spec: ModelSpec | None = None
     problem: ExportError | None = None
-    for count in channels:
+    declared = declared_inputs(module)
+    for templates in [declared] if declared else [_image_template(module, count) for count in channels]:
         try:
-            spec = probe_module(module, _image_template(module, count))
+            spec = probe_module(module, templates)
             break
         except ExportError as error:
             problem = problem or error
     if spec is None:
-        raise ModelLoadError(
-            f"{type(module).__name__} does not run on one NCHW image of {' or '.join(map(str, channels))} "
-            f"channels; export it with its inputs named: {problem}"
-        )
+        what = f"one NCHW image of {' or '.join(map(str, channels))} channels"
+        what = ", ".join(map(str, declared)) if declared else f"{what}; export it with its inputs named"
+        raise ModelLoadError(f"{type(module).__name__} does not run on {what}: {problem}")
     spec = replace(spec, source_sha256=sha256)
     if "module" in backend.formats:
         return Model("module", module, spec)
@@ -205,11 +215,23 @@ def _from_module(source: Any, backend: Backend) -> Model:
     return model
 
 
-def _image_template(module: Any, channels: int) -> dict[str, tuple[np.dtype[Any], tuple[int | str, ...]]]:
+def _only_part(source: Any) -> Any:
+    """The part of a diffusion model or of its folder, where it has one; anything else as it is."""
+    if is_module(source) and recipes_of(source) is None:
+        return source
+    found = parts(source)
+    if len(found) > 1:
+        raise ModelLoadError(
+            f"the model has several parts; take one of anysize.parts(...): {', '.join(found)}"
+        )
+    return next(iter(found.values()))
+
+
+def _image_template(module: Any, channels: int) -> list[TensorSpec]:
     import inspect
 
     name = next(iter(inspect.signature(module.forward).parameters), "input")
-    return {name: (np.dtype(np.float32), ("n", channels, "h", "w"))}
+    return [TensorSpec(name, np.dtype(np.float32), (Dim("n"), channels, Dim("h"), Dim("w")))]
 
 
 def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) -> Model:
@@ -248,18 +270,18 @@ def _probe_graph(model: Model, backend: Backend) -> ModelSpec:
 
     options = EngineOptions()
     program = backend.compile(model, None, options)
-    templates = {}
+    templates = []
     letters = {0: "n", 2: "h", 3: "w"}
     for i, port in enumerate(program.inputs):
         tag = f"_{port.name}" if i else ""
         axes = tuple(
-            size if size is not None else (letters.get(axis, f"d{axis}") + (tag if axis else ""))
+            size if size is not None else Dim(letters.get(axis, f"d{axis}") + (tag if axis else ""))
             for axis, size in enumerate(port.shape)
         )
-        templates[port.name] = (port.dtype, axes)
-    image = templates and next(iter(templates.values()))[1]
-    if not (image and len(image) == 4 and isinstance(image[1], int)):
-        found = "; ".join(f"{n}{list(a)}" for n, (_, a) in templates.items())
+        templates.append(TensorSpec(port.name, port.dtype, axes))
+    image = templates[0].shape if templates else ()
+    if not (len(image) == 4 and isinstance(image[1], int)):
+        found = "; ".join(map(str, templates))
         raise OptionError(f"expected an NCHW image input with fixed channels, found {found}")
 
     def run(feeds: Feeds) -> dict[str, Array]:

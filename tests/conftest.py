@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toys
 from anysize.backends import Backend, EngineOptions, Model, get_backend
-from anysize.exporters.exporting import private_copy, probe_module, to_onnx
+from anysize.exporters.exporting import input_templates, private_copy, probe_module, to_onnx
 from anysize.guard import ShapeGuard
 from anysize.session import Session
 
@@ -55,7 +55,7 @@ class ToyBox:
         key = name + "".join(f"-{k}{v}" for k, v in arguments.items())
         if key not in self.made:
             module = private_copy(getattr(toys, name)(**arguments))
-            spec = probe_module(module, {"x": (np.dtype(np.float32), ("n", 3, "h", "w"))})
+            spec = probe_module(module, input_templates(module, [("n", 3, "h", "w")])[0])
             self.made[key] = module, to_onnx(module, spec, self.folder / f"{key}.onnx")
         return self.made[key]
 

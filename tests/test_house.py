@@ -19,13 +19,23 @@ ALLOWED = {
     "models": {"models", "backends"},
     "exporters": {"exporters", "backends"},
 }
-ENGINES = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "safetensors"}
+ENGINES = {
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "safetensors",
+    "diffusers",
+    "transformers",
+}
 HEAVY = ENGINES | {"pyvips", "typer", "rich", "PIL"}
 LAZY = {
     "cli.py": {"typer", "rich"},
     "torch_module.py": {"torch"},
     "architectures.py": {"torch"},
     "animegan.py": {"torch"},
+    "modules.py": {"torch"},
 }
 
 

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles acceptance clean
+.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles bench-diffusion acceptance clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -36,6 +36,10 @@ bench-streaming: build/.dev-$(FILES)
 # AnimeGANv2: engines, batches, exact tiles, memory, sizes; needs ../shared/assets. Writes docs/animegan-measured.md.
 bench-styles: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/styles.py
+
+# Parts of diffusers' models against eager PyTorch; needs ../shared/assets. Writes docs/diffusion-measured.md.
+bench-diffusion: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/diffusion.py
 
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)

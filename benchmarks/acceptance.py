@@ -45,6 +45,15 @@ class Table:
         self.rows.append(row)
         print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} ({how} {bound:g})", flush=True)
 
+    def markdown(self) -> list[str]:
+        lines = ["| what | figure | bound | met |", "|---|---|---|---|"]
+        for row in self.rows:
+            bound = f"{'<=' if 'at least' not in row['how'] else '>='} {row['bound']:g}"
+            lines.append(
+                f"| {row['what']} | {row['figure']:.3g} | {bound} | {'yes' if row['ok'] else 'no'} |"
+            )
+        return lines
+
 
 def agreement(table: Table, weights: str) -> None:
     """Three engines whole, in float and as PNG; tiles of 64 against the whole on each."""

@@ -164,10 +164,7 @@ def main() -> None:
     measured = memory(table, files[True], weights)
     about = "; ".join(f"{key}: {value}" for key, value in machine().items())
     lines = ["# AnimeGANv2, measured", "", "By `make bench-styles`, with random weights of the real size, on"]
-    lines += [about, "", "| what | figure | bound | met |", "|---|---|---|---|"]
-    for row in table.rows:
-        bound = f"{'<=' if 'at least' not in row['how'] else '>='} {row['bound']:g}"
-        lines.append(f"| {row['what']} | {row['figure']:.3g} | {bound} | {'yes' if row['ok'] else 'no'} |")
+    lines += [about, "", *table.markdown()]
     lines += [
         "",
         *tiled,

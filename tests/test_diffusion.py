@@ -17,6 +17,7 @@ from anysize import ExportError, ModelLoadError, OptionError, ShapeError, as_mod
 from anysize.cli import main
 from anysize.exporters import export
 from conftest import ENGINES
+from diffusers_toys import eager, feeds_of
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
@@ -56,32 +57,6 @@ class Shelf:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("parts"))
-
-
-def feeds_of(session: anysize.Session, n: int, h: int, w: int, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    feeds = {}
-    for tensor in session.spec.inputs:
-        shape = tensor.sized({"n": n, "h": h, "w": w, "tokens": 5})
-        if tensor.values is None:
-            feeds[tensor.name] = rng.standard_normal(shape).astype(tensor.dtype)
-        else:
-            feeds[tensor.name] = rng.integers(0, int(tensor.values[1]) + 1, shape).astype(tensor.dtype)
-    return feeds
-
-
-def eager(model: Any, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """By the class's own public methods."""
-    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    with torch.inference_mode():
-        if "x" in tensors:
-            encoded = model.encode(tensors["x"])
-            latent = encoded.latent_dist.parameters if hasattr(encoded, "latent_dist") else encoded.latent
-            return latent.numpy()
-        if "z" in tensors:
-            return model.decode(tensors["z"]).sample.numpy()
-        added = {n.partition(".")[2]: tensors.pop(n) for n in list(tensors) if "." in n}
-        return model(**tensors, **({"added_cond_kwargs": added} if added else {})).sample.numpy()
 
 
 @pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
@@ -155,38 +130,8 @@ def quiet() -> Iterator[None]:
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("channels", [4, 9])
 def test_an_inpainting_pipeline_gives_the_same_picture(shelf: Shelf, channels: int) -> None:
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLInpaintPipeline
-
     unet, vae = shelf.model(f"unet {channels}"), shelf.model("encoder")
-    pipe = StableDiffusionXLInpaintPipeline(
-        vae=vae,
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
-        **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    texts = {
-        f"{sign}{kind}": torch.randn(shape, generator=generator)
-        for sign in ("", "negative_")
-        for kind, shape in (("prompt_embeds", (1, 7, 32)), ("pooled_prompt_embeds", (1, 32)))
-    }
-
-    def run(width: int, height: int) -> np.ndarray:
-        mask = torch.zeros(1, 1, height, width)
-        mask[..., height // 4 : height // 2, width // 3 : width // 2] = 1
-        return pipe(
-            image=torch.rand((1, 3, height, width), generator=torch.Generator().manual_seed(height)),
-            mask_image=mask,
-            height=height,
-            width=width,
-            num_inference_steps=4,
-            strength=0.9,
-            generator=torch.Generator().manual_seed(1),
-            output_type="np",
-            **texts,
-        ).images
-
+    pipe, run = small.inpainting(unet, vae)
     sizes = ((128, 96), (136, 104), (152, 72))
     want = {size: run(*size) for size in sizes}
     for engine in GRAPHS:

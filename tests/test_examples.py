@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,26 @@ def test_anytext(tmp_path: Path, picture: str | None) -> None:
     assert "without a plan: input 'picture', axis 2: got" in said
     made = pyvips.Image.new_from_file(str(tmp_path / "out" / "anytext.png"))
     assert (made.width, made.height) == ((300, 200) if picture else (551, 754))
+
+
+def test_sdxl_inpaint(tmp_path: Path) -> None:
+    said = run("sdxl_inpaint.py", tmp_path)
+    assert "153 x 105 -> 152 x 104" in said
+    assert float(re.search(r"openvino against torch: (\S+) of 255", said)[1]) <= 2
+    shifts = [float(found) for found in re.findall(r"dE2000 (\S+),", said)]
+    assert shifts[1] < shifts[0]
+    made = pyvips.Image.new_from_file(str(tmp_path / "out" / "sdxl-inpaint.png"))
+    assert (made.width, made.height) == (153, 105)
+
+
+def test_sana(tmp_path: Path) -> None:
+    said = run("sana.py", tmp_path)
+    assert "positions computed: hidden_states: float32[n, 4, h, w]" in said
+    assert "positions fixed: hidden_states: float32[n, 4, 32, 32]" in said
+    assert "result 1023 x 577" in said
+    assert "fixed positions: input 'hidden_states', axis 2: got 16, but must be 32; nearest valid: 32" in said
+    made = pyvips.Image.new_from_file(str(tmp_path / "out" / "sana.png"))
+    assert (made.width, made.height) == (400, 1001)
 
 
 def test_animegan(tmp_path: Path) -> None:

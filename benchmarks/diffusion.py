@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anysize
+import diffusers
 import numpy as np
 import torch
 from acceptance import ASSETS, OUT, Table
@@ -145,13 +146,12 @@ def main() -> None:
     if not ASSETS.is_dir():
         sys.exit(f"{ASSETS} is missing: it holds the pictures this measures")
     OUT.mkdir(exist_ok=True)
+    diffusers.utils.logging.set_verbosity_error()  # the pipeline says each time that it casts its autoencoder
     started, table = time.time(), Table()
     sdxl(table)
     sana(table)
     colours(table)
     about = "; ".join(f"{key}: {value}" for key, value in machine().items())
-    import diffusers
-
     lines = ["# Diffusion parts, measured", ""]
     lines += ["By `make bench-diffusion`, with random weights in the published classes, on"]
     lines += [f"{about}; diffusers: {diffusers.__version__}", "", *table.markdown()]

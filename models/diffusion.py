@@ -7,8 +7,10 @@ classes of diffusers as published in its version 0.42; nothing here imports it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 Positions = Literal["computed", "fixed", "interpolated"]
 _POSITIONS = ("computed", "fixed", "interpolated")
-#: the last part of the key under which a file holds a table of positions
-_TABLE = "pos_embed"
+#: keys under which a file holds a table of positions
+_TABLES = ("pos_embed", "patch_embed.pos_embed")
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,15 @@ class Recipe:
     """How to run a part.
 
     `inputs`: from the model's config, the tensors in order. A name is that of the argument of the model's
-    `forward`; "argument.key" is an entry of a dict. `chain`: the submodules that it runs one after another;
-    none: the model itself. `values`: the range of its images or latents. `result`: "module:class" of what
+    `forward`; "argument.key" is an entry of a dict. `gives`: its output's channels, and how many times the
+    first input's height and width. `chain`: the submodules that it runs one after another; none: the model
+    itself. `values`: the range of its images or latents. `result`: "module:class" of what
     the model returns when it returns no tuple. `absent`: what an input is filled with where the host gives
     none, which must change nothing.
     """
 
     inputs: Callable[[Any], tuple[TensorSpec, ...]]
+    gives: Callable[[Any], tuple[int, Fraction]]
     chain: tuple[str, ...] = ()
     values: tuple[float, float] = (-3.0, 3.0)
     result: str = ""
@@ -89,26 +93,56 @@ def _sana(config: Any) -> tuple[TensorSpec, ...]:
     )
 
 
+def _same_size(config: Any) -> tuple[int, Fraction]:
+    return config.out_channels or config.in_channels, Fraction(1)
+
+
+def _factor(levels: Sequence[int]) -> int:
+    """Pixels a side for one of an autoencoder's latents: it halves between its levels."""
+    return int(2 ** (len(levels) - 1))
+
+
 #: class of diffusers -> its parts
 RECIPES: dict[str, dict[str, Recipe]] = {
     "UNet2DConditionModel": {
-        "unet": Recipe(_unet, result="diffusers.models.unets.unet_2d_condition:UNet2DConditionOutput"),
+        "unet": Recipe(
+            _unet, _same_size, result="diffusers.models.unets.unet_2d_condition:UNet2DConditionOutput"
+        ),
     },
     "SanaTransformer2DModel": {
         "transformer": Recipe(
             _sana,
+            _same_size,
             result="diffusers.models.modeling_outputs:Transformer2DModelOutput",
             absent={"encoder_attention_mask": 1.0},
         ),
     },
     "AutoencoderKL": {
         # the moments of the latent's distribution; who runs it samples
-        "encoder": Recipe(_image("x", "in_channels"), ("encoder", "quant_conv"), (-1.0, 1.0)),
-        "decoder": Recipe(_image("z", "latent_channels"), ("post_quant_conv", "decoder")),
+        "encoder": Recipe(
+            _image("x", "in_channels"),
+            lambda c: (2 * c.latent_channels, Fraction(1, _factor(c.block_out_channels))),
+            ("encoder", "quant_conv"),
+            (-1.0, 1.0),
+        ),
+        "decoder": Recipe(
+            _image("z", "latent_channels"),
+            lambda c: (c.out_channels, Fraction(_factor(c.block_out_channels))),
+            ("post_quant_conv", "decoder"),
+        ),
     },
     "AutoencoderDC": {
-        "encoder": Recipe(_image("x", "in_channels"), ("encoder",), (-1.0, 1.0)),
-        "decoder": Recipe(_image("z", "latent_channels"), ("decoder",)),
+        "encoder": Recipe(
+            _image("x", "in_channels"),
+            lambda c: (c.latent_channels, Fraction(1, _factor(c.encoder_block_out_channels))),
+            ("encoder",),
+            (-1.0, 1.0),
+        ),
+        "decoder": Recipe(
+            _image("z", "latent_channels"),
+            lambda c: (c.in_channels, Fraction(_factor(c.decoder_block_out_channels))),
+            ("decoder",),
+        ),
     },
 }
 
@@ -145,7 +179,7 @@ def parts(
     would fit is said), `ExportError` (a UNet with inputs that are not known), `OptionError`,
     `BackendUnavailableError` without torch or diffusers.
     """
-    if positions not in _POSITIONS:
+    if not isinstance(positions, str) or positions not in _POSITIONS:
         raise OptionError(f"positions must be one of {', '.join(_POSITIONS)}, not {positions!r}")
     if (size is not None) != (positions == "interpolated"):
         raise OptionError("positions='interpolated' and the latents' size go together")
@@ -153,7 +187,10 @@ def parts(
         from anysize.models.modules import Part, check_table, with_table
     except ImportError as error:
         raise _missing("torch", error) from error
-    model, table = (source, None) if hasattr(source, "forward") else _open_checkpoint(Path(source))
+    if isinstance(source, (str, os.PathLike)):
+        model, table = _open_checkpoint(Path(source))
+    else:
+        model, table = source, None
     recipes = recipes_of(model)
     if recipes is None:
         raise ModelLoadError(f"{type(model).__name__} is none of {', '.join(RECIPES)} of diffusers")
@@ -175,7 +212,9 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
     try:
         config = json.loads((folder / "config.json").read_text())
         name = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(name, str):
+            raise TypeError(f"_class_name is {name!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelLoadError(f"{folder}: not a folder as diffusers publishes models: {error}") from error
     if name not in RECIPES:
         raise ModelLoadError(f"{folder}: {name} is none of {', '.join(RECIPES)} of diffusers")
@@ -196,22 +235,28 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
         )
         table = None
         for key in info["unexpected_keys"]:
-            if key.rpartition(".")[2] == _TABLE:
-                for file in folder.glob("*.safetensors"):
-                    with safe_open(file, "pt") as weights:
-                        table = weights.get_tensor(key) if key in weights.keys() else table  # noqa: SIM118
+            if key in _TABLES and hasattr(model, "patch_embed"):
+                with safe_open(_file_of(folder, key), "pt") as weights:
+                    table = weights.get_tensor(key)
     except Exception as error:  # diffusers' and safetensors' own, of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(f"{folder}: {reason}") from error
     # diffusers goes on with random numbers for what is missing
     wrong = {kind: info[f"{kind}_keys"] for kind in ("missing", "mismatched", "unexpected")}
-    wrong["unexpected"] = [key for key in wrong["unexpected"] if key.rpartition(".")[2] != _TABLE]
+    wrong["unexpected"] = [key for key in wrong["unexpected"] if table is None or key not in _TABLES]
     for kind, keys in wrong.items():
         if keys:
             raise ModelLoadError(
                 f"{folder}: weights that are {kind} for {name}: {keys[0]}, {len(keys)} in all"
             )
     return model, table
+
+
+def _file_of(folder: Path, key: str) -> Path:
+    """The file that diffusers reads a weight from."""
+    name = "diffusion_pytorch_model.safetensors"
+    index = folder / f"{name}.index.json"
+    return folder / (json.loads(index.read_text())["weight_map"][key] if index.is_file() else name)
 
 
 def _missing(name: str, error: ImportError) -> BackendUnavailableError:

@@ -16,8 +16,8 @@ from torch import nn
 
 log = logging.getLogger("anysize")
 
-#: two tables of positions that differ by no more are the same: values of -1..1, written in 16 bits perhaps
-_SAME_TABLE = 1e-3
+#: two tables of positions that differ by no more are the same: values of -1..1, written in bf16 perhaps
+_SAME_TABLE = 2**-8
 _LEAST_TABLE = 4
 #: spacings of positions that published checkpoints were made with
 _SCALES = (0.5, 1.0, 2.0, 4.0)
@@ -45,6 +45,8 @@ class Part(nn.Module):
         super().__init__()
         chain = [getattr(model, name) for name in recipe.chain]
         self.steps = nn.ModuleList([step for step in chain if step is not None] or [model])
+        if any(hasattr(vars(step).get("forward"), "session") for step in self.steps):
+            raise ModelLoadError(f"this {type(model).__name__} stands in for one that an engine runs")
         self.whole = not chain
         self.inputs = recipe.inputs(model.config)
         self.value_range = recipe.values
@@ -149,6 +151,8 @@ def _square(model: Any, table: torch.Tensor) -> torch.Tensor:
     side = math.isqrt(count)
     if not count or side * side != count or table.numel() != count * features:
         raise ModelLoadError(f"a table of positions of shape {tuple(table.shape)} is not for a square")
+    if table.is_complex() or not table.isfinite().all():
+        raise ModelLoadError("a table of positions that are not finite numbers")
     width = model.patch_embed.proj.out_channels
     if features != width:
         raise ModelLoadError(

@@ -63,13 +63,13 @@ def unet_input(model: Any, latents: Array, mask: Array | None = None, masked: Ar
         raise OptionError(f"a UNet of {count} input channels is not for inpainting: those have 4 or 9")
     sample = _latents("latents", latents, 4)
     if count == 4:
-        return sample
+        return sample.copy()
     if mask is None or masked is None:
         missing = "mask" if mask is None else "masked"
         raise ShapeError(missing, None, "nothing", "required by a UNet of 9 input channels")
     rest = []
     for name, value, channels in (("mask", mask, 1), ("masked", masked, 4)):
-        array = _latents(name, value, channels)
+        array = _latents(name, value, channels) if name == "masked" else _weights(value)
         wanted = (len(sample), channels, *sample.shape[2:])
         if array.shape[0] not in (1, len(sample)) or array.shape[2:] != sample.shape[2:]:
             raise ShapeError(name, None, array.shape, f"must be {wanted}, as the latents are {sample.shape}")
@@ -92,7 +92,12 @@ def blend_latents(
     (1, sigma) for Euler's, (1 - sigma, sigma) for flow matching; (1, 0), the end, needs no noise.
     Raises `ShapeError` where shapes do not match, `OptionError`.
     """
-    signal, sigma = level
+    try:
+        signal, sigma = map(float, level)
+    except (TypeError, ValueError):
+        signal = sigma = -1.0
+    if not (0 <= signal < np.inf and 0 <= sigma < np.inf):
+        raise OptionError(f"level is two factors from 0, of the original and of the noise, not {level!r}")
     if sigma and noise is None:
         raise OptionError("a level with noise needs the noise that the latents began with")
     parts = {"new": _latents("new", new, None)}
@@ -103,7 +108,7 @@ def blend_latents(
         found = parts[name].shape
         if found[0] not in (1, shape[0]) or found[1:] != shape[1:]:
             raise ShapeError(name, None, found, f"must be {shape}, as the new latents are")
-    weight = _latents("mask", mask, 1)
+    weight = _weights(mask)
     if weight.shape[0] not in (1, shape[0]) or weight.shape[2:] != shape[2:]:
         raise ShapeError("mask", None, weight.shape, f"must be {(shape[0], 1, *shape[2:])}")
     kept: Array = np.float32(signal) * parts["original"]
@@ -122,7 +127,7 @@ def composite(original: Any, generated: Any, mask: Any) -> Any:
     weight = weight[..., None]
     mixed = quantise((1 - weight) * to_float(kept.array) + weight * to_float(made.array), kept.array.dtype)
     mixed = np.where(weight == 1, made.array, np.where(weight == 0, kept.array, mixed))
-    return kept.restore(mixed)
+    return kept.restore(mixed.astype(kept.array.dtype))  # in its order of bytes
 
 
 def color_shift(original: Any, generated: Any, mask: Any) -> ColorShift:
@@ -160,10 +165,11 @@ def match_color(original: Any, generated: Any, mask: Any) -> Any:
     picture = pictures[1]
     colours = _colours(to_float(picture.array))
     matched = (_features(colours.reshape(-1, 3)) @ factors).reshape(colours.shape)
-    result = to_float(picture.array)
-    channels = result.shape[2] - (result.shape[2] % 2 == 0)  # less alpha
-    result[..., :channels] = matched if channels == 3 else matched.mean(axis=2, keepdims=True)
-    return picture.restore(quantise(result, picture.array.dtype))
+    result = picture.array.copy()
+    channels = _channels(result)
+    grey = matched if channels == 3 else matched.mean(axis=2, keepdims=True)
+    result[..., :channels] = quantise(np.ascontiguousarray(grey, np.float32), result.dtype)
+    return picture.restore(result)
 
 
 def _pictures(original: Any, generated: Any, mask: Any) -> tuple[Picture, Picture, Array]:
@@ -178,10 +184,19 @@ def _pictures(original: Any, generated: Any, mask: Any) -> tuple[Picture, Pictur
 
 def _kept_colours(kept: Picture, made: Picture, weight: Array) -> tuple[Array, Array]:
     """The colours (pixels, 3) of both pictures where nothing is masked."""
-    if not (weight == 0).any():
+    compared = weight == 0
+    for array in (kept.array, made.array):
+        if _channels(array) < array.shape[2]:
+            compared &= array[..., -1] > 0  # what is not seen has no colour
+    if not compared.any():
         raise OptionError("all of the picture is masked: no pixel is left to compare")
-    before, after = (_colours(to_float(picture.array))[weight == 0] for picture in (kept, made))
+    before, after = (_colours(to_float(picture.array))[compared] for picture in (kept, made))
     return before, after
+
+
+def _channels(array: Array) -> int:
+    """Of colour, without alpha."""
+    return int(array.shape[2] - (array.shape[2] % 2 == 0))
 
 
 def _colours(array: Array) -> Array:
@@ -213,9 +228,25 @@ def _mask(mask: Any) -> Array:
 
 
 def _latents(name: str, value: Any, channels: int | None) -> Array:
-    array = np.asarray(value, np.float32)
-    if array.ndim != 4 or (channels is not None and array.shape[1] != channels):
+    try:
+        if hasattr(value, "detach"):  # a tensor, of a dtype perhaps that numpy does not have
+            value = value.detach().cpu().float() if not value.is_complex() else value
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"dtype {array.dtype}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            name, None, type(value).__name__, f"must be an array of numbers ({error})"
+        ) from error
+    if array.ndim != 4 or 0 in array.shape or (channels is not None and array.shape[1] != channels):
         raise ShapeError(name, None, array.shape, f"must be (N, {channels or 'C'}, h, w)")
+    return array.astype(np.float32, copy=False)
+
+
+def _weights(mask: Any) -> Array:
+    array = _latents("mask", mask, 1)
+    if not ((array >= 0) & (array <= 1)).all():
+        raise OptionError("the values of a mask are from 0 to 1; latent_mask() makes them so")
     return array
 
 

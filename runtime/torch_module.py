@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from anysize.backends.errors import OptionError, ShapeError
 from anysize.backends.spec import Dim, TensorSpec
+from anysize.exporters.probing import clip
 from anysize.models.diffusion import Recipe, recipes_of
 from anysize.session import Session
+
+#: a side that all factors of autoencoders divide
+_LARGE = 2048
 
 
 class SessionModule(torch.nn.Module):
@@ -28,6 +32,9 @@ class SessionModule(torch.nn.Module):
         super().__init__()
         self.session = session
         self.placeholder = _placeholder(dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SessionModule:
+        return SessionModule(self.session, self.placeholder.dtype)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         names = [t.name for t in self.session.spec.inputs]
@@ -66,31 +73,61 @@ def _stand_in(sessions: Session | Mapping[str, Session], like: torch.nn.Module) 
         sessions = dict.fromkeys(recipes, sessions)
     if not sessions or sessions.keys() - recipes:
         raise OptionError(f"{type(like).__name__} has the parts {', '.join(recipes)}, not {list(sessions)}")
-    twin = like
+    replaced = {name: _steps(like, recipes[name]) for name in sessions}
     for name, session in sessions.items():
-        recipe = recipes[name]
-        _check(session, recipe.inputs(like.config), f"{type(like).__name__}'s {name}")
-        dtype = next((p.dtype for p in like.parameters()), torch.float32)
-        if not recipe.chain:
-            twin = _without_weights(like)
-            twin.placeholder = _placeholder(dtype)
-            twin.forward = _Call(session, recipe, inspect.signature(like.forward))
-            continue
-        if twin is like:
-            twin = copy.copy(like)
-            twin._modules = dict(like._modules)
-        first, *others = (step for step in recipe.chain if getattr(like, step) is not None)
-        twin._modules[first] = SessionModule(session, dtype)
+        _check(session, recipes[name], like, name)
+    # a copy, whose class, attributes and config hosts know; of what is replaced, without the weights
+    memo: dict[int, Any] = {
+        id(parameter): None
+        for steps in replaced.values()
+        for step in steps
+        for parameter in like.get_submodule(step).parameters()
+    }
+    twin = copy.deepcopy(like, memo)
+    dtype = next((p.dtype for p in like.parameters()), torch.float32)
+    for name, session in sessions.items():
+        first, *others = (twin.get_submodule(step) for step in replaced[name])
+        first.placeholder = _placeholder(dtype)
         for step in others:
-            twin._modules[step] = torch.nn.Identity()
+            step.forward = _same
+        if recipes[name].chain:
+            first.forward = _Step(session)
+        else:
+            bound = type(like).forward.__get__(like)
+            first.forward = _Call(session, recipes[name], inspect.signature(bound))
     return twin
 
 
-class _Call:
+def _steps(model: torch.nn.Module, recipe: Recipe) -> list[str]:
+    """The submodules that a part is made of; "": the model itself."""
+    return [step for step in recipe.chain if getattr(model, step) is not None] or [""]
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    """The `forward` of a submodule whose work is done by the session before it."""
+    return x
+
+
+class _Step:
+    """The `forward` of a chain of submodules. Not a module, and copies of its host share the session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Step:
+        return self
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        (result,) = _run(self.session, {self.session.spec.inputs[0].name: x})
+        return result
+
+
+class _Call(_Step):
     """The `forward` of a whole model: arguments as its class takes them, results as it gives them."""
 
     def __init__(self, session: Session, recipe: Recipe, signature: inspect.Signature) -> None:
-        self.session, self.recipe, self.signature = session, recipe, signature
+        super().__init__(session)
+        self.recipe, self.signature = recipe, signature
         home, _, name = recipe.result.partition(":")
         self.result = getattr(import_module(home), name)
 
@@ -108,24 +145,37 @@ class _Call:
                 del tensors[name]
             elif name not in known:
                 raise OptionError(f"'{name}' is given, and the session takes {', '.join(sorted(known))}")
+        for tensor in inputs:
+            if tensor.name in tensors:
+                tensors[tensor.name] = _tensor(tensor, tensors[tensor.name])
+            elif tensor.name not in (self.recipe.absent or {}):
+                raise ShapeError(tensor.name, None, "nothing", "this input is required")
         sizes: dict[str, int] = {}
         for tensor in inputs:
-            value = tensors.get(tensor.name)
-            if isinstance(value, torch.Tensor) and value.ndim == len(tensor.shape):
-                for axis, size in zip(tensor.shape, value.shape, strict=True):
+            if tensor.name in tensors and tensors[tensor.name].ndim == len(tensor.shape):
+                for axis, size in zip(tensor.shape, tensors[tensor.name].shape, strict=True):
                     if not isinstance(axis, int):
                         sizes.setdefault(axis.name if isinstance(axis, Dim) else axis.dim, size)
         for tensor in inputs:
-            value = tensors.get(tensor.name, (self.recipe.absent or {}).get(tensor.name))
-            if value is None:
-                raise ShapeError(tensor.name, None, "nothing", "this input is required")
-            value = torch.as_tensor(value)
-            if value.ndim == 0 or (value.numel() == 1 and len(tensor.shape) == 1):  # one for the whole batch
-                value = value.reshape(()).expand(tensor.sized(sizes))
-            tensors[tensor.name] = value
+            if tensor.name not in tensors:
+                value = (self.recipe.absent or {})[tensor.name]
+                tensors[tensor.name] = torch.full(tensor.sized(sizes), value)
+            elif tensors[tensor.name].ndim == 0 or tensors[tensor.name].shape == (1,):  # one for the batch
+                tensors[tensor.name] = tensors[tensor.name].reshape(()).expand(tensor.sized(sizes))
         ordered = {tensor.name: tensors[tensor.name] for tensor in inputs}
         (result,) = _run(self.session, ordered)
         return self.result(result) if as_class else (result,)
+
+
+def _tensor(wanted: TensorSpec, value: Any) -> torch.Tensor:
+    """A tensor of as many axes as the contract's, or one number for an input of one by batch."""
+    if isinstance(value, (int, float)):
+        value = torch.tensor(value)
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+        raise ShapeError(wanted.name, None, type(value).__name__, "must be a torch.Tensor with its numbers")
+    if value.ndim != len(wanted.shape) and not (value.ndim == 0 and len(wanted.shape) == 1):
+        raise ShapeError(wanted.name, None, tuple(value.shape), f"expected {wanted}")
+    return value
 
 
 def _run(session: Session, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -139,8 +189,9 @@ def _to_numpy(tensor: torch.Tensor, wanted: TensorSpec | None) -> Any:
     """Floats as they are; whole numbers and truth values in the contract's dtype, where that holds them."""
     tensor = tensor.detach().cpu()
     array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    if wanted is None or array.dtype == wanted.dtype or array.dtype.kind == wanted.dtype.kind == "f":
-        return array
+    known = wanted is not None and array.dtype.kind in "biuf"
+    if wanted is None or not known or array.dtype.kind == wanted.dtype.kind == "f":
+        return array  # what it is not, the session says
     converted = array.astype(wanted.dtype)
     if (converted != array).any():
         raise ShapeError(wanted.name, None, f"dtype {array.dtype}", f"the dtype must be {wanted.dtype}")
@@ -157,19 +208,23 @@ def _placeholder(dtype: torch.dtype) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros((), dtype=dtype), requires_grad=False)
 
 
-def _without_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with its class, config and submodules' attributes, as hosts read them, and no parameters."""
-    return copy.deepcopy(model, {id(parameter): None for parameter in model.parameters()})
-
-
-def _check(session: Session, wanted: tuple[TensorSpec, ...], what: str) -> None:
-    """Raise `OptionError` unless the session is of such a part."""
-    found = session.spec.inputs
-    names = [t.name for t in wanted]
-    if [t.name for t in found] != names or any(
-        len(f.shape) != len(w.shape)
-        or any(isinstance(b, int) and a != b for a, b in zip(f.shape, w.shape, strict=True))
+def _check(session: Session, recipe: Recipe, like: Any, name: str) -> None:
+    """Raise `OptionError` unless the session takes and gives what this part of the model does."""
+    found, wanted = session.spec.inputs, recipe.inputs(like.config)
+    same = [t.name for t in found] == [t.name for t in wanted] and all(
+        len(f.shape) == len(w.shape)
+        and all(not isinstance(b, int) or a == b for a, b in zip(f.shape, w.shape, strict=True))
         for f, w in zip(found, wanted, strict=True)
-    ):
+    )
+    channels, factor = recipe.gives(like.config)
+    sizes = {n: clip(dim, _LARGE) for n, dim in session.spec.dims.items()}
+    before = session.spec.input_shapes(sizes)[found[0].name]
+    after = next(iter(session.spec.output_shapes(sizes).values()))
+    given = (channels, *(int(side * factor) for side in before[2:]))
+    if not same or len(session.spec.outputs) > 1 or after[1:] != given:
         taken, named = ("; ".join(map(str, tensors)) for tensors in (found, wanted))
-        raise OptionError(f"the session is not of {what}: it takes {taken}, not {named}")
+        gives = session.spec.output_rule
+        raise OptionError(
+            f"the session is not of {type(like).__name__}'s {name}: it takes {taken} and gives {gives}, not "
+            f"{named} and {channels} channels of {factor} times the size"
+        )

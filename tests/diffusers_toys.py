@@ -52,14 +52,14 @@ def vae() -> Any:
     ).eval()
 
 
-def sana(positions: bool = True, sample_size: int = 32) -> Any:
+def sana(positions: bool = True, sample_size: int = 32, out_channels: int = 4) -> Any:
     """Sana's transformer, with linear attention."""
     from diffusers import SanaTransformer2DModel
 
     torch.manual_seed(2)
     return SanaTransformer2DModel(
         in_channels=4,
-        out_channels=4,
+        out_channels=out_channels,
         num_attention_heads=2,
         attention_head_dim=16,
         num_layers=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -105,6 +106,9 @@ def test_modules_are_loaded_directly() -> None:
         load(small.vae())
     with pytest.raises(ModelLoadError, match="Linear is none of UNet2DConditionModel, "):
         parts(torch.nn.Linear(3, 3))
+    for nothing in (None, 5, {}, b"x"):
+        with pytest.raises(ModelLoadError, match="is none of"):
+            parts(nothing)
     with pytest.raises(OptionError, match="does not say what it takes"):
         export(model, "sana.onnx")
     odd = small.unet(4)
@@ -185,10 +189,36 @@ def test_a_stand_in_is_what_its_host_knows(shelf: Shelf) -> None:
         module(**tensors, added_cond_kwargs={"time_ids": added["time_ids"]})
     with pytest.raises(TypeError, match="unexpected keyword"):
         module(**tensors, nonsense=1)
+    text = tensors["encoder_hidden_states"]
+    wrong: dict[str, Any]
+    for wrong in (
+        {"encoder_hidden_states": torch.tensor(1.0)},
+        {"encoder_hidden_states": text[0]},
+        {"encoder_hidden_states": text.numpy()},
+        {"sample": torch.tensor(1.0)},
+        {"sample": tensors["sample"].to(torch.complex64)},
+        {"sample": tensors["sample"].to("meta")},
+        {"sample": tensors["sample"].to_sparse()},
+        {"timestep": "a"},
+        {"timestep": torch.tensor([1, 2, 3])},
+        {"timestep": torch.tensor([[981]])},
+        {"timestep": 2**24 + 1},
+    ):
+        with pytest.raises(ShapeError):
+            module(**{**tensors, **wrong}, added_cond_kwargs=added)
+    for again in (copy.deepcopy(module), as_module(session, like=module)):
+        got = again(**tensors, added_cond_kwargs=added).sample
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
     # tiles and slices are the host's own code, around the session
     decoder = as_module({"decoder": shelf.session("decoder", GRAPHS[0])}, like=vae)
-    assert decoder.encoder is vae.encoder
+    decoder.half()  # as pipelines do; what is left of the original is a copy
+    assert decoder.encoder.conv_in.weight.dtype == torch.float16
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    decoder.float()
+    assert decoder.decoder.conv_in.in_channels == vae.decoder.conv_in.in_channels
+    with pytest.raises(ModelLoadError, match="stands in for one that an engine runs"):
+        parts(decoder)
     assert decoder.decode.__func__ is vae.decode.__func__
     latent = torch.randn(2, 4, 9, 17, generator=torch.Generator().manual_seed(0))
     for model in (vae, decoder):
@@ -234,6 +264,12 @@ def test_sessions_that_are_not_of_the_model_are_refused(shelf: Shelf) -> None:
         as_module({"unet": four}, like=vae)
     with pytest.raises(OptionError, match="not of AutoencoderKL's encoder"):
         as_module({"encoder": decoder}, like=vae)
+    other = small.sana(out_channels=8)
+    with pytest.raises(OptionError, match=r"not .* and 8 channels of 1 times the size"):
+        as_module(shelf.session("transformer", GRAPHS[0]), like=other)
+    deep = shelf.session("dc decoder", GRAPHS[0])
+    with pytest.raises(OptionError, match=r"not .* and 3 channels of 8 times the size"):
+        as_module({"decoder": deep}, like=vae)
     with pytest.raises(OptionError, match="no model whose parts are known"):
         as_module(four, like=torch.nn.Linear(3, 3))
     with pytest.raises(OptionError, match="need the model whose parts they are"):
@@ -308,6 +344,13 @@ def test_a_checkpoint_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (folder / "config.json").write_text(json.dumps({**config, "norm_num_groups": 8, "layers_per_block": 2}))
     with pytest.raises(ModelLoadError, match=r"weights that are missing for AutoencoderKL: \S+, \d+ in all"):
         parts(folder)
+    for name in (["x"], {}, None, 5):
+        (folder / "config.json").write_text(json.dumps({**config, "_class_name": name}))
+        with pytest.raises(ModelLoadError, match="not a folder as diffusers publishes"):
+            parts(folder)
+    (folder / "config.json").write_text("[" * 100000)
+    with pytest.raises(ModelLoadError, match="not a folder as diffusers publishes"):
+        parts(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelLoadError, match="not a folder as diffusers publishes"):
         parts(folder)
@@ -358,6 +401,24 @@ def test_a_table_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
     with pytest.raises(
         ModelLoadError, match=r"computes others, which differ by up to .* fits: positions='fixed'"
     ):
+        parts(folder)
+    # written in bf16
+    folder = published(small.sana(sample_size=8), tmp_path / "short", small_table.bfloat16())
+    assert list(parts(folder)) == ["transformer"]
+    # of another file beside it, which diffusers does not read
+    save_file({"pos_embed": torch.full((1, 64, 32), 7.0)}, folder / "zz.safetensors")
+    assert parts(folder, positions="fixed")["transformer"].steps[0].patch_embed.pos_embed.max() <= 1
+    spoilt = small_table.clone()
+    spoilt[0, 3, 3] = torch.nan
+    folder = published(small.sana(sample_size=8), tmp_path / "spoilt", spoilt)
+    for positions in ("computed", "fixed"):
+        with pytest.raises(ModelLoadError, match="not finite numbers"):
+            parts(folder, positions=positions)
+    # of a model that has no such thing
+    folder = published(small.vae(), tmp_path / "vae")
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "pos_embed": small_table}, file, {"format": "pt"})
+    with pytest.raises(ModelLoadError, match="weights that are unexpected for AutoencoderKL: pos_embed, 1"):
         parts(folder)
     for shape, reason in (
         ((1, 63, 32), "not for a square"),

@@ -79,6 +79,21 @@ def test_what_goes_into_a_unet() -> None:
     for count in (5, 8, 13, 0):
         with pytest.raises(OptionError, match=f"a UNet of {count} input channels is not for inpainting"):
             unet_input(count, latents, mask, masked)
+    with pytest.raises(OptionError, match="the values of a mask are from 0 to 1"):
+        unet_input(9, latents, np.full((1, 1, 17, 23), 255, np.uint8), masked)
+    assert not np.shares_memory(unet_input(4, latents), latents)
+    tensor = torch.from_numpy(latents).bfloat16().requires_grad_()
+    np.testing.assert_allclose(unet_input(4, tensor), latents, rtol=1e-2)
+    for wrong in (
+        "abcd",
+        [[1], [1, 2]],
+        latents.astype(complex),
+        torch.zeros(1, 4, 2, 2, dtype=torch.complex64),
+    ):
+        with pytest.raises(ShapeError, match="must be an array of numbers"):
+            unet_input(4, wrong)
+    with pytest.raises(ShapeError, match="'latents': got"):
+        unet_input(4, latents[..., :0])
     with pytest.raises(OptionError, match="does not say how many"):
         unet_input("unet", latents)
     with pytest.raises(ShapeError, match="'masked': got nothing"):
@@ -115,6 +130,12 @@ def test_blending_at_a_step_of_diffusers_schedulers() -> None:
         np.testing.assert_allclose(got, (1 - mask) * noised.numpy() + mask * new, rtol=1e-5, atol=1e-5)
     assert np.array_equal(blend_latents(original, new, np.ones_like(mask)), new)
     assert np.array_equal(blend_latents(original, new, np.zeros_like(mask)), original)
+    for level in (None, 1.0, (1,), (1, 2, 3), ("a", "b"), (np.nan, 0), (np.inf, 0), (1, np.nan), (-1, 0)):
+        with pytest.raises(OptionError, match="level is two factors"):
+            blend_latents(original, new, mask, noise=noise, level=level)
+    for values in (mask * 255, mask - 2, mask * np.nan):
+        with pytest.raises(OptionError, match="the values of a mask are from 0 to 1"):
+            blend_latents(original, new, values)
     with pytest.raises(OptionError, match="needs the noise"):
         blend_latents(original, new, mask, level=(1.0, 0.5))
     for wrong in ((original[:, :3], new, mask), (original, new, mask[..., 1:]), (original, new[0], mask)):
@@ -181,7 +202,13 @@ def test_colours_are_brought_back() -> None:
     )
     assert color_shift(original, original, mask).delta_e == 0
     assert np.abs(match_color(original, original, mask).astype(int) - original).max() <= 1
-    alpha = np.dstack([generated, np.arange(90, dtype=np.uint8)[None].repeat(60, 0)])
+    hidden = np.dstack([shifted(original), np.full((60, 90), 255, np.uint8)])
+    hidden[50:, :, :3], hidden[50:, :, 3] = 7, 0  # not seen, whatever it is
+    seen = color_shift(np.dstack([original, hidden[..., 3]]), hidden, mask).delta_e
+    assert seen == pytest.approx(before.delta_e, rel=0.2)
+    big = original.astype(">u2") * 257
+    assert composite(big, big[::-1], mask).dtype == big.dtype
+    alpha = np.dstack([generated, np.arange(1, 91, dtype=np.uint8)[None].repeat(60, 0)])
     with_alpha = match_color(np.dstack([original, alpha[..., 3]]), alpha, mask)
     assert np.array_equal(with_alpha[..., 3], alpha[..., 3])
     assert np.array_equal(with_alpha[..., :3], matched)

@@ -34,9 +34,9 @@ class Recipe:
     `inputs`: from the model's config, the tensors in order. A name is that of the argument of the model's
     `forward`; "argument.key" is an entry of a dict. `gives`: its output's channels, and how many times the
     first input's height and width. `chain`: the submodules that it runs one after another; none: the model
-    itself. `values`: the range of its images or latents. `result`: "module:class" of what
-    the model returns when it returns no tuple. `absent`: what an input is filled with where the host gives
-    none, which must change nothing.
+    itself. `values`: the range of its images or latents. `result`: "module:class" of what the model returns
+    when it returns no tuple. `absent`: what an input is filled with where the host gives none, which must
+    change nothing.
     """
 
     inputs: Callable[[Any], tuple[TensorSpec, ...]]

@@ -159,7 +159,8 @@ class _Call(_Step):
         for tensor in inputs:
             if tensor.name not in tensors:
                 value = (self.recipe.absent or {})[tensor.name]
-                tensors[tensor.name] = torch.full(tensor.sized(sizes), value)
+                dtype = getattr(torch, tensor.dtype.name)
+                tensors[tensor.name] = torch.full(tensor.sized(sizes), value, dtype=dtype)
             elif tensors[tensor.name].ndim == 0 or tensors[tensor.name].shape == (1,):  # one for the batch
                 tensors[tensor.name] = tensors[tensor.name].reshape(()).expand(tensor.sized(sizes))
         ordered = {tensor.name: tensors[tensor.name] for tensor in inputs}
@@ -168,34 +169,36 @@ class _Call(_Step):
 
 
 def _tensor(wanted: TensorSpec, value: Any) -> torch.Tensor:
-    """A tensor of as many axes as the contract's, or one number for an input of one by batch."""
+    """A tensor of as many axes as the contract's, or one number for an input of one by batch.
+
+    Timesteps, sizes and masks, which have a range of values, come in whichever dtype hosts have them; here
+    they come to the contract's, where that holds them.
+    """
     if isinstance(value, (int, float)):
         value = torch.tensor(value)
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
         raise ShapeError(wanted.name, None, type(value).__name__, "must be a torch.Tensor with its numbers")
     if value.ndim != len(wanted.shape) and not (value.ndim == 0 and len(wanted.shape) == 1):
         raise ShapeError(wanted.name, None, tuple(value.shape), f"expected {wanted}")
-    return value
+    dtype = getattr(torch, wanted.dtype.name)
+    both_float = value.is_floating_point() and dtype.is_floating_point
+    if wanted.values is None or value.is_complex() or both_float:
+        return value  # what it is not, the session says
+    converted = value.to(dtype)
+    if (converted.double() != value.double()).any():
+        raise ShapeError(wanted.name, None, f"{value.dtype}", f"the dtype must be {wanted.dtype}")
+    return converted
 
 
 def _run(session: Session, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    kinds = {t.name: t for t in session.spec.inputs}
-    outputs = session.run({name: _to_numpy(tensor, kinds.get(name)) for name, tensor in tensors.items()})
+    outputs = session.run({name: _to_numpy(tensor) for name, tensor in tensors.items()})
     like = next(iter(tensors.values()))
     return tuple(_like(torch.from_numpy(outputs[t.name]), like) for t in session.spec.outputs)
 
 
-def _to_numpy(tensor: torch.Tensor, wanted: TensorSpec | None) -> Any:
-    """Floats as they are; whole numbers and truth values in the contract's dtype, where that holds them."""
+def _to_numpy(tensor: torch.Tensor) -> Any:
     tensor = tensor.detach().cpu()
-    array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    known = wanted is not None and array.dtype.kind in "biuf"
-    if wanted is None or not known or array.dtype.kind == wanted.dtype.kind == "f":
-        return array  # what it is not, the session says
-    converted = array.astype(wanted.dtype)
-    if (converted != array).any():
-        raise ShapeError(wanted.name, None, f"dtype {array.dtype}", f"the dtype must be {wanted.dtype}")
-    return converted
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _like(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

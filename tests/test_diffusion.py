@@ -198,6 +198,7 @@ def test_a_stand_in_is_what_its_host_knows(shelf: Shelf) -> None:
         {"sample": torch.tensor(1.0)},
         {"sample": tensors["sample"].to(torch.complex64)},
         {"sample": tensors["sample"].to("meta")},
+        {"sample": (tensors["sample"] * 9).to(torch.uint8)},
         {"sample": tensors["sample"].to_sparse()},
         {"timestep": "a"},
         {"timestep": torch.tensor([1, 2, 3])},

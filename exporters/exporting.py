@@ -25,16 +25,17 @@ from anysize.backends import (
     available_backends,
     get_backend,
 )
-from anysize.backends.base import Array, Feeds
+from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
 from anysize.exporters.probing import Templates, clip, noise, probe
 from anysize.exporters.radius import Run
-from anysize.exporters.recipes import translations
+from anysize.exporters.translations import translations
 
 OPSET = 18
 #: engines must agree with eager f32 within this times max(1, max|reference|)
 TOLERANCE = 1e-4
-_PROTOBUF_LIMIT = 2**31 - 2**20
+#: bytes of weights that fit into one file: a protobuf message has less than 2 GiB, some for the graph
+ONE_FILE = 2**31 - 2**27
 
 #: what describes one input: an example tensor or array, or its shape with names for the free axes
 InputLike = Any
@@ -49,6 +50,8 @@ def export(
     source_sha256: str = "",
 ) -> Path:
     """Write `module` to `path` (`.onnx`, or `.xml` with its `.bin` for OpenVINO) with its probed contract.
+
+    Weights of 2 GiB and more go to a file of their own, PATH.data, which belongs beside it.
 
     `inputs`, by argument name or in the order of `forward`, each either an example (tensor or array; of an
     NCHW example N, H and W are probed, of any other every axis but the second) or a shape such as
@@ -68,7 +71,7 @@ def export(
         raise OptionError(f"{path}: the suffix must be .onnx or .xml")
     folder = _existing_folder(path)
     templates, example = input_templates(module, inputs)
-    module = private_copy(module)
+    module = private_copy(module, share=True)
     spec = probe_module(module, templates, example=example, value_range=value_range)
     spec = replace(spec, source_sha256=source_sha256)
     with _temporary_folder(folder) as temporary:
@@ -102,12 +105,21 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def private_copy(module: Any) -> Any:
-    """A copy on the CPU, in f32 and eval mode, that the caller's further use of the module cannot change."""
+def private_copy(module: Any, *, share: bool = False) -> Any:
+    """A copy on the CPU, in f32 and eval mode, that the caller's further use of the module cannot change.
+
+    `share`: while the caller waits, the weights need no copy where they are on the CPU, in f32.
+    """
     import copy
 
+    import torch
+
+    memo: dict[int, Any] = {}
+    for weight in module.parameters() if share else ():
+        if type(weight) is torch.nn.Parameter:
+            memo[id(weight)] = torch.nn.Parameter(weight.detach(), requires_grad=False)
     try:
-        return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+        return copy.deepcopy(module, memo).cpu().float().eval().requires_grad_(False)
     except Exception as error:  # locks, cached tensors, compiled modules: whatever the module holds
         raise ExportError(f"{type(module).__name__} cannot be copied: {error}") from error
 
@@ -252,13 +264,18 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise ExportError(f"torch cannot export this module: {reason}") from error
     assert exported is not None
-    proto = exported.model_proto
+    weights = exported.model.graph.initializers.values()
+    alone = sum(w.const_value.nbytes for w in weights if w.const_value is not None) < ONE_FILE
+    if alone:
+        proto = exported.model_proto
+    else:  # the weights go to a file beside it, never through one message
+        exported.save(path, external_data=True)
+        proto = onnx.load_model(path, load_external_data=False)
     spec = replace(spec, opset=OPSET)
     onnx.helper.set_model_props(proto, {SPEC_KEY: spec.to_json()})
     _name_outputs(onnx, proto.graph, [t.name for t in spec.outputs])
     _declare(proto, spec)
-    alone = proto.ByteSize() < _PROTOBUF_LIMIT
-    onnx.save_model(proto, path, save_as_external_data=not alone, location=f"{path.stem}.onnx.data")
+    onnx.save_model(proto, path)
     return Model("onnx", path.read_bytes() if alone else path, spec)
 
 
@@ -361,25 +378,26 @@ def verify(module: Any, model: Model, backends: Sequence[Backend]) -> None:
     spec = model.spec
     assert spec is not None
     reference = eager(module, [t.name for t in spec.inputs])
-    options = EngineOptions()
+    cases = []
+    for sizes in verification_sizes(spec):
+        feeds = random_feeds(spec, sizes)
+        try:
+            cases.append((sizes, feeds, reference(feeds)))
+        except Exception as error:  # whatever the module raises
+            raise ExportError(f"the module does not run at {dict(sizes)}: {error}") from error
     for backend in backends:
-        open_program = None
-        for sizes in verification_sizes(spec):
-            feeds = random_feeds(spec, sizes)
-            where = f"{backend.name} at {dict(sizes)}"
-            try:
-                want = reference(feeds)
-            except Exception as error:  # whatever the module raises
-                raise ExportError(f"the module does not run at {dict(sizes)}: {error}") from error
-            try:
-                open_program = open_program or backend.compile(model, None, options)
-                programs = [open_program]
-                if backend.prefers_static:
-                    programs.append(backend.compile(model, spec.input_shapes(sizes), options))
-                results = [program.run(feeds) for program in programs]
-            except Exception as error:
-                raise ExportError(f"{where}: the exported graph does not run: {error}") from error
-            for got in results:
+        for fixed in (False, True)[: 1 + backend.prefers_static]:
+            program: Executable | None = None
+            for sizes, feeds, want in cases:
+                where = f"{backend.name} at {dict(sizes)}"
+                try:
+                    if fixed or program is None:
+                        program = None  # one at a time: each may hold a copy of the weights
+                        shapes = spec.input_shapes(sizes) if fixed else None
+                        program = backend.compile(model, shapes, EngineOptions())
+                    got = program.run(feeds)
+                except Exception as error:
+                    raise ExportError(f"{where}: the exported graph does not run: {error}") from error
                 _compare(got, want, where)
 
 

@@ -178,6 +178,7 @@ def _file_sha256(path: Path) -> str:
 
 def _from_module(source: Any, backend: Backend) -> Model:
     from anysize.exporters.exporting import (
+        ONE_FILE,
         declared_inputs,
         private_copy,
         probe_module,
@@ -191,6 +192,9 @@ def _from_module(source: Any, backend: Backend) -> Model:
     else:
         weights = load_weights(Path(source))
         module, sha256, channels = weights.module, weights.sha256, (weights.in_channels,)
+    direct = "module" in backend.formats
+    if not direct and sum(weight.nbytes for weight in module.parameters()) > ONE_FILE:
+        raise ModelLoadError("this model is too large to convert on the fly; export it to a file first")
     spec: ModelSpec | None = None
     problem: ExportError | None = None
     declared = declared_inputs(module)
@@ -205,7 +209,7 @@ def _from_module(source: Any, backend: Backend) -> Model:
         what = ", ".join(map(str, declared)) if declared else f"{what}; export it with its inputs named"
         raise ModelLoadError(f"{type(module).__name__} does not run on {what}: {problem}")
     spec = replace(spec, source_sha256=sha256)
-    if "module" in backend.formats:
+    if direct:
         return Model("module", module, spec)
     with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
         model = to_onnx(module, spec, Path(folder) / "model.onnx")

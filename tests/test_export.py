@@ -197,6 +197,40 @@ def test_one_file_and_declared_axes(tmp_path: Path) -> None:
     assert axes(graph.output[0]) == ["n", 3, "3*h", "3*w"]
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_weights_beyond_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """A protobuf message has no room for 2 GiB; here for 1000 bytes."""
+    monkeypatch.setattr("anysize.exporters.exporting.ONE_FILE", 1000)
+    module = toys.EncoderDecoder()
+    file = export(module, tmp_path / f"m{suffix}", inputs=[("n", 3, "h", "w")])
+    beside = {".onnx": "m.onnx.data", ".xml": "m.bin"}[suffix]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([file.name, beside])
+    weights = sum(p.nbytes for p in module.parameters())
+    assert (tmp_path / beside).stat().st_size > 0.9 * weights  # what is small stays
+    assert str(Path(torch.__file__).parent).encode() not in file.read_bytes()
+    x = np.random.default_rng(0).random((1, 3, 20, 16), np.float32)
+    with torch.no_grad():
+        want = module(torch.from_numpy(x)).numpy()
+    for engine in GRAPH_ENGINES if suffix == ".onnx" else ["openvino"]:
+        assert np.abs(anysize.load(file, backend=engine)(x) - want).max() < 1e-5
+        with pytest.raises(ModelLoadError, match="too large to convert on the fly; export it"):
+            anysize.load(module, backend=engine)
+
+
+def test_what_is_exported_is_not_held_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = toys.Convolution()
+    seen = []
+    probe = anysize.exporters.exporting.probe_module
+
+    def look(copy: nn.Module, *args: object, **kwargs: object) -> ModelSpec:
+        seen.extend(p.data_ptr() for p in copy.parameters())
+        return probe(copy, *args, **kwargs)
+
+    monkeypatch.setattr("anysize.exporters.exporting.probe_module", look)
+    export(module, tmp_path / "m.onnx", inputs=[("n", 3, "h", "w")])
+    assert seen == [p.data_ptr() for p in module.parameters()]
+
+
 def test_verification_catches_a_graph_that_differs(toybox: ToyBox) -> None:
     module, onnx = toybox.make("Convolution")
     import copy

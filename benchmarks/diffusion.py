@@ -20,6 +20,7 @@ from acceptance import ASSETS, OUT, Table
 from anysize.bench import machine
 from anysize.exporters import export
 from anysize.inpaint import color_shift, match_color
+from anysize.memory import peak
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import diffusers_toys as small
@@ -67,6 +68,38 @@ def agree(
             what = f"{name}, {'x'.join(map(str, size))}, {engine} against eager: largest difference"
             table.add(what, float(np.abs(got - small.eager(model, feeds)).max()), bound)
     return sessions
+
+
+def deep(table: Table) -> str:
+    """SDXL's UNet, block by block, at half its width: what its export takes."""
+    model = small.unet(
+        9,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(160, 320, 640),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        norm_num_groups=32,
+        cross_attention_dim=1024,
+    )
+    weights, started = sum(p.nbytes for p in model.parameters()), time.time()
+    file = export(anysize.parts(model)["unet"], OUT / "unet-deep.onnx")
+    seconds, most = time.time() - started, peak() / weights
+    for engine in GRAPHS:
+        with anysize.load(file, backend=engine) as session:
+            for seed, size in enumerate(((1, 17, 23), (2, 16, 12))):
+                feeds = small.feeds_of(session, *size, seed)
+                (got,) = session.run(feeds, finite=True).values()
+                what = f"UNet as deep as SDXL's, {'x'.join(map(str, size))}, {engine} against eager: "
+                error = float(np.abs(got - small.eager(model, feeds)).max())
+                table.add(what + "largest difference", error, 1e-4)
+    for made in OUT.glob("unet-deep.onnx*"):
+        made.unlink()
+    return (
+        f"SDXL's UNet, block by block, at half its width ({weights / 1e9:.1f} GB in 32 bits): exported "
+        f"and verified on {' and '.join(GRAPHS)} in {seconds:.0f} s; memory: {most:.1f} times that."
+    )
 
 
 def sdxl(table: Table) -> None:
@@ -148,13 +181,15 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     diffusers.utils.logging.set_verbosity_error()  # the pipeline says each time that it casts its autoencoder
     started, table = time.time(), Table()
+    depth = deep(table)
+    print(depth)
     sdxl(table)
     sana(table)
     colours(table)
     about = "; ".join(f"{key}: {value}" for key, value in machine().items())
     lines = ["# Diffusion parts, measured", ""]
     lines += ["By `make bench-diffusion`, with random weights in the published classes, on"]
-    lines += [f"{about}; diffusers: {diffusers.__version__}", "", *table.markdown()]
+    lines += [f"{about}; diffusers: {diffusers.__version__}", "", depth, "", *table.markdown()]
     Path("docs/diffusion-measured.md").write_text("\n".join(lines) + "\n")
     bad = [row for row in table.rows if not row["ok"]]
     print(f"{len(table.rows) - len(bad)} of {len(table.rows)} within bounds, {time.time() - started:.0f} s")

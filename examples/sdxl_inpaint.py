@@ -108,8 +108,7 @@ def main() -> None:
     generated = np.rint(generated * 255).astype(np.uint8)
     matched = match_color(fitted, generated, fitted_mask)
     for name, made in (("as generated", generated), ("colours matched", matched)):
-        shift = color_shift(fitted, made, fitted_mask)
-        print(f"kept pixels, {name}: dE2000 {shift.delta_e:.2f}, saturation {shift.saturation:+.3f}")
+        print(f"kept pixels, {name}: dE2000 {color_shift(fitted, made, fitted_mask).delta_e:.2f}")
     result = composite(np.asarray(image), plan.invert(matched), np.asarray(mask))
     Image.fromarray(result).save(out / "sdxl-inpaint.png")
     print(out / "sdxl-inpaint.png")

@@ -67,9 +67,7 @@ def export(
     `OptionError` (unknown suffix, no range).
     """
     path = Path(path)
-    if path.suffix not in (".onnx", ".xml"):
-        raise OptionError(f"{path}: the suffix must be .onnx or .xml")
-    folder = _existing_folder(path)
+    folder = folder_of(path)
     templates, example = input_templates(module, inputs)
     module = private_copy(module, share=True)
     spec = probe_module(module, templates, example=example, value_range=value_range)
@@ -87,7 +85,10 @@ def export(
     return path
 
 
-def _existing_folder(path: Path) -> Path:
+def folder_of(path: Path) -> Path:
+    """Where an export to `path` would write. Raises `OptionError` where it cannot."""
+    if path.suffix not in (".onnx", ".xml"):
+        raise OptionError(f"{path}: the suffix must be .onnx or .xml")
     if path.is_dir():
         raise OptionError(f"{path}: is a folder, not a file name")
     if not path.parent.is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,8 @@ Positions = Literal["computed", "fixed", "interpolated"]
 _POSITIONS = ("computed", "fixed", "interpolated")
 #: keys under which a file holds a table of positions
 _TABLES = ("pos_embed", "patch_embed.pos_embed")
+#: what the names of diffusers' files of weights begin with
+_WEIGHTS = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ def parts(
     `source`: the model, or its folder in the published layout (`config.json` and safetensors, such as
     `unet/` or `vae/` of a pipeline), which is read without any network. UNet2DConditionModel has the part
     "unet", SanaTransformer2DModel "transformer", AutoencoderKL and AutoencoderDC have "encoder" and
-    "decoder". `load` and `exporters.export` take a part, or the model itself where it has but one.
+    "decoder". `load` and `exporters.export` take a part, or the model itself where it has but one. A folder
+    with weights of one variant only, such as fp16, is read as that; all run in float32.
 
     `positions`, of a transformer with a table of them: "computed", as its class does it, from the actual
     size; "fixed": the stored table, or else the class's own, for the one size it was made for;
@@ -182,7 +186,7 @@ def parts(
     if not isinstance(positions, str) or positions not in _POSITIONS:
         raise OptionError(f"positions must be one of {', '.join(_POSITIONS)}, not {positions!r}")
     if (size is not None) != (positions == "interpolated"):
-        raise OptionError("positions='interpolated' and the latents' size go together")
+        raise OptionError("positions='interpolated' needs the latents' size, and nothing else takes one")
     try:
         from anysize.models.modules import Part, check_table, with_table
     except ImportError as error:
@@ -213,8 +217,10 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
         config = json.loads((folder / "config.json").read_text())
         name = config["_class_name"]
         if not isinstance(name, str):
-            raise TypeError(f"_class_name is {name!r}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise TypeError(f"its config's _class_name is {name!r}")
+    except KeyError as error:
+        raise ModelLoadError(f"{folder}: its config.json says no {error.args[0]}") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelLoadError(f"{folder}: not a folder as diffusers publishes models: {error}") from error
     if name not in RECIPES:
         raise ModelLoadError(f"{folder}: {name} is none of {', '.join(RECIPES)} of diffusers")
@@ -224,11 +230,13 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
         from safetensors import safe_open
     except ImportError as error:
         raise _missing("diffusers", error) from error
+    variant = _variant(folder)
     try:
         model, info = getattr(diffusers, name).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,  # the other kind runs code
+            variant=variant,
             torch_dtype=torch.float32,
             low_cpu_mem_usage=False,
             output_loading_info=True,
@@ -236,7 +244,7 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
         table = None
         for key in info["unexpected_keys"]:
             if key in _TABLES and hasattr(model, "patch_embed"):
-                with safe_open(_file_of(folder, key), "pt") as weights:
+                with safe_open(_file_of(folder, key, variant), "pt") as weights:
                     table = weights.get_tensor(key)
     except Exception as error:  # diffusers' and safetensors' own, of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -252,11 +260,33 @@ def _open_checkpoint(folder: Path) -> tuple[Any, Any]:
     return model, table
 
 
-def _file_of(folder: Path, key: str) -> Path:
+def _names(variant: str | None) -> tuple[str, str]:
+    """Of the file of a model's weights, and of the list of their files where they have several."""
+    infix = f".{variant}" if variant else ""
+    return f"{_WEIGHTS}{infix}.safetensors", f"{_WEIGHTS}.safetensors.index{infix}.json"
+
+
+def _variant(folder: Path) -> str | None:
+    """Of the weights to read: the plain ones (None), or else the only variant that is there."""
+    found = {path.name for path in folder.iterdir()}
+    if not found.isdisjoint(_names(None)):
+        return None
+    pattern = re.compile(rf"{_WEIGHTS}\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)")
+    matches = filter(None, map(pattern.fullmatch, found))
+    variants = sorted({match[1] or match[2] for match in matches})
+    if len(variants) == 1:
+        return variants[0]
+    if variants:
+        raise ModelLoadError(f"{folder}: weights of several variants, {', '.join(variants)}; keep one")
+    others = sorted(found - {"config.json"})
+    beside = f"beside its config only {', '.join(others)}" if others else "only its config"
+    raise ModelLoadError(f"{folder}: no {_names(None)[0]}, {beside}; other kinds of weights are not read")
+
+
+def _file_of(folder: Path, key: str, variant: str | None) -> Path:
     """The file that diffusers reads a weight from."""
-    name = "diffusion_pytorch_model.safetensors"
-    index = folder / f"{name}.index.json"
-    return folder / (json.loads(index.read_text())["weight_map"][key] if index.is_file() else name)
+    file, index = (folder / name for name in _names(variant))
+    return folder / json.loads(index.read_text())["weight_map"][key] if index.is_file() else file
 
 
 def _missing(name: str, error: ImportError) -> BackendUnavailableError:

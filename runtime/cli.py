@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -392,17 +393,24 @@ def export(
     debug: Debug = False,
 ) -> int:
     """Convert weights to ONNX or OpenVINO IR, with the probed contract inside, verified on every engine."""
+    # PyTorch's threads spin while they wait; many small runs beside another busy process took fifty times as
+    # long. Read as it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from anysize.backends import available_backends, get_backend
     from anysize.exporters import export as export_module
+    from anysize.exporters.exporting import folder_of
     from anysize.models import BUNDLED, bundled_file, is_checkpoint, load_weights, parts
     from anysize.sources import open_source, source_format
 
     path = bundled_file(model, ".safetensors") if model in BUNDLED else Path(model)
+    folder_of(output)  # before anything is read
     if source_format(path) != "module":
         raise OptionError(f"{path}: export takes weights: .pth, .pt, .safetensors or a folder of diffusers")
     if is_checkpoint(path):
-        size = next(iter(_sizes(latents, "--latents") or ()), None)
-        found = parts(path, positions=positions, size=size)
+        sizes = _sizes(latents, "--latents") or []
+        if len(sizes) > 1:
+            raise OptionError(f"--latents is one size, such as 64x48, not '{latents}'")
+        found = parts(path, positions=positions, size=next(iter(sizes), None))
         if part not in found and (part is not None or len(found) > 1):
             raise OptionError(f"{path}: name one of its parts: --part {' or --part '.join(found)}")
         written = export_module(found[part or next(iter(found))], output)
@@ -427,7 +435,7 @@ def export(
         )
         if spec is not None:
             taken, given = (", ".join(map(str, tensors)) for tensors in (spec.inputs, spec.outputs))
-            radius = f", receptive radius {spec.radius}" if spec.scale is not None else ""
+            radius = f", receptive radius {spec.radius}" if spec.radius is not None else ""
             note = spec.producer.partition("; ")[2]
             out.print(f"{taken} -> {given}{radius}" + (f"; {note}" if note else ""), markup=False)
     return OK
@@ -468,7 +476,7 @@ def _sizes(text: str | None, option: str = "--sizes") -> list[tuple[int, int]] |
         pairs = [part.lower().split("x") for part in text.split(",")]
         return [(int(h), int(w)) for h, w in pairs]
     except ValueError:
-        raise OptionError(f"{option} must look like 64x48,33x65, not '{text}'") from None
+        raise OptionError(f"{option} must look like 64x48, not '{text}'") from None
 
 
 @app.command()

@@ -1,8 +1,9 @@
 """Around an inpainting diffusion model: what goes into its UNet, and what of its picture is kept.
 
 Pictures are HW or HWC arrays (uint8, uint16, or float in 0..1) or PIL images; latents and what goes with them
-NCHW float32. A mask is 1 (or the full value of its dtype, or True) where the picture is made anew, 0 where it
-is kept.
+NCHW arrays, computed in float32, or PyTorch tensors, which give tensors of their dtype on their device. A
+picture's mask is HW, and 1 (or the full value of its dtype, or True) where the picture is made anew, 0 where
+it is kept.
 """
 
 from __future__ import annotations
@@ -51,19 +52,20 @@ def latent_mask(mask: Any, factor: int = 8, *, reduce: Literal["max", "nearest"]
     return (blocks.max(axis=(1, 3)) if reduce == "max" else blocks[:, 0, :, 0].copy())[None, None]
 
 
-def unet_input(model: Any, latents: Array, mask: Array | None = None, masked: Array | None = None) -> Array:
+def unet_input(model: Any, latents: Any, mask: Any = None, masked: Any = None) -> Any:
     """The `sample` of an inpainting UNet: (N, 4, h, w), or (N, 9, h, w) with the mask and the masked latents.
 
     `model`: the UNet, its `Session`, or its number of input channels; 4 take the latents alone, 9 need the
     `mask` (N or 1, 1, h, w) of the latents' size and `masked` (N or 1, 4, h, w), the latents of the picture
-    with what is masked taken out. Raises `OptionError` for other numbers of channels, `ShapeError`.
+    with what is masked taken out. The result is what `latents` are. Raises `OptionError` for a model with
+    other numbers of channels or that is no UNet, `ShapeError`.
     """
     count = _in_channels(model)
     if count not in (4, 9):
         raise OptionError(f"a UNet of {count} input channels is not for inpainting: those have 4 or 9")
     sample = _latents("latents", latents, 4)
     if count == 4:
-        return sample.copy()
+        return _as_given(sample.copy(), latents)
     if mask is None or masked is None:
         missing = "mask" if mask is None else "masked"
         raise ShapeError(missing, None, "nothing", "required by a UNet of 9 input channels")
@@ -74,26 +76,28 @@ def unet_input(model: Any, latents: Array, mask: Array | None = None, masked: Ar
         if array.shape[0] not in (1, len(sample)) or array.shape[2:] != sample.shape[2:]:
             raise ShapeError(name, None, array.shape, f"must be {wanted}, as the latents are {sample.shape}")
         rest.append(np.broadcast_to(array, wanted))
-    return np.concatenate([sample, *rest], axis=1)
+    return _as_given(np.concatenate([sample, *rest], axis=1), latents)
 
 
 def blend_latents(
-    original: Array,
-    new: Array,
-    mask: Array,
+    original: Any,
+    new: Any,
+    mask: Any,
     *,
-    noise: Array | None = None,
-    level: tuple[float, float] = (1.0, 0.0),
-) -> Array:
+    noise: Any = None,
+    level: tuple[float, float] | None = None,
+) -> Any:
     """(1 - mask) * original + mask * new: a UNet of 4 channels keeps to the original where nothing is masked.
 
     Latents (N, 4, h, w) and their mask (N or 1, 1, h, w). `level`: the step's noise level, as factors of the
     original and of `noise`: (sqrt(a), sqrt(1 - a)) with the cumulative product a of DDPM's and DDIM's alphas,
-    (1, sigma) for Euler's, (1 - sigma, sigma) for flow matching; (1, 0), the end, needs no noise.
-    Raises `ShapeError` where shapes do not match, `OptionError`.
+    (1, sigma) for Euler's, (1 - sigma, sigma) for flow matching. Without noise: (1, 0), the end. The result
+    is what `new` is. Raises `ShapeError` where shapes do not match, `OptionError`.
     """
+    if level is None and noise is not None:
+        raise OptionError("noise needs the step's level: level=(factor of the original, factor of the noise)")
     try:
-        signal, sigma = map(float, level)
+        signal, sigma = (1.0, 0.0) if level is None else map(float, level)
     except (TypeError, ValueError):
         signal = sigma = -1.0
     if not (0 <= signal < np.inf and 0 <= sigma < np.inf):
@@ -114,7 +118,7 @@ def blend_latents(
     kept: Array = np.float32(signal) * parts["original"]
     if sigma:
         kept = kept + np.float32(sigma) * parts["noise"]
-    return np.asarray((1 - weight) * kept + weight * parts["new"], np.float32)
+    return _as_given(np.asarray((1 - weight) * kept + weight * parts["new"], np.float32), new)
 
 
 def composite(original: Any, generated: Any, mask: Any) -> Any:
@@ -133,11 +137,11 @@ def composite(original: Any, generated: Any, mask: Any) -> Any:
 def color_shift(original: Any, generated: Any, mask: Any) -> ColorShift:
     """How the generated picture's colours differ from the original's on the pixels that are kept (mask 0).
 
-    For pictures in sRGB. Needs scikit-image. Raises `ShapeError`, `ImageError`, `OptionError` where no pixel
-    is kept.
+    For pictures in sRGB. Raises `ShapeError`, `ImageError`, `OptionError` where no pixel is kept,
+    `BackendUnavailableError` without scikit-image.
     """
     try:
-        from skimage.color import deltaE_ciede2000, rgb2lab
+        from skimage.color import deltaE_ciede2000, rgb2hsv, rgb2lab
     except ImportError as error:
         raise BackendUnavailableError(
             f'colour differences need scikit-image: pip install "anysize[diffusion]" ({error})',
@@ -145,7 +149,8 @@ def color_shift(original: Any, generated: Any, mask: Any) -> ColorShift:
         ) from error
     before, after = _kept_colours(*_pictures(original, generated, mask))
     difference = deltaE_ciede2000(rgb2lab(before), rgb2lab(after))
-    return ColorShift(float(difference.mean()), float((_saturation(after) - _saturation(before)).mean()))
+    saturation = rgb2hsv(after)[:, 1] - rgb2hsv(before)[:, 1]
+    return ColorShift(float(difference.mean()), float(saturation.mean()))
 
 
 def match_color(original: Any, generated: Any, mask: Any) -> Any:
@@ -153,7 +158,8 @@ def match_color(original: Any, generated: Any, mask: Any) -> Any:
 
     Each channel becomes a sum of the pixel's red, green, blue, largest and smallest value and a constant, by
     least squares: shifts of brightness, contrast, colour balance and saturation (HSV's or HSL's) are such
-    sums. For pictures in sRGB; alpha stays. The result is what `generated` is. Raises as `color_shift` does.
+    sums. For pictures in sRGB; alpha stays. The result is what `generated` is. Raises `ShapeError`,
+    `ImageError`, `OptionError` where no pixel is kept.
     """
     pictures = _pictures(original, generated, mask)
     before, after = (colours.astype(np.float64) for colours in _kept_colours(*pictures))
@@ -204,12 +210,6 @@ def _colours(array: Array) -> Array:
     return np.repeat(array[..., :1], 3, axis=2) if array.shape[2] < 3 else array[..., :3]
 
 
-def _saturation(colours: Array) -> Array:
-    """HSV's, (pixels, 3) -> (pixels,)."""
-    top, bottom = colours.max(axis=1), colours.min(axis=1)
-    return np.where(top > 0, (top - bottom) / np.where(top > 0, top, 1), 0)
-
-
 def _features(colours: Array) -> Array:
     top, bottom = colours.max(axis=1, keepdims=True), colours.min(axis=1, keepdims=True)
     return np.concatenate([colours, top, bottom, np.ones_like(top)], axis=1)
@@ -219,7 +219,12 @@ def _mask(mask: Any) -> Array:
     """(H, W) float32 in 0..1."""
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
         mask = mask.astype(np.uint8) * np.uint8(255)
-    array = to_float(open_picture(mask).array)
+    opened = open_picture(mask).array
+    if opened.dtype.kind == "u" and opened.max() == 1:
+        raise ImageError(
+            f"a mask of {opened.dtype} is full at {np.iinfo(opened.dtype).max}; for 0 and 1 take bool"
+        )
+    array = to_float(opened)
     if array.shape[2] != 1:
         raise ImageError(f"a mask has one channel, not {array.shape[2]}")
     if not ((array >= 0) & (array <= 1)).all():
@@ -243,6 +248,11 @@ def _latents(name: str, value: Any, channels: int | None) -> Array:
     return array.astype(np.float32, copy=False)
 
 
+def _as_given(result: Array, given: Any) -> Any:
+    """An array, or a tensor of the given one's dtype on its device."""
+    return given.new_tensor(result) if hasattr(given, "new_tensor") else result
+
+
 def _weights(mask: Any) -> Array:
     array = _latents("mask", mask, 1)
     if not ((array >= 0) & (array <= 1)).all():
@@ -252,6 +262,8 @@ def _weights(mask: Any) -> Array:
 
 def _in_channels(model: Any) -> int:
     if isinstance(model, Session):
+        if len(model.spec.inputs) == 1:
+            raise OptionError(f"the session takes {model.spec.inputs[0]} alone: it is no UNet's")
         return model.spec.channels or 0
     count = model if isinstance(model, int) else getattr(getattr(model, "config", None), "in_channels", None)
     if type(count) is not int:

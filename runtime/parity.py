@@ -16,6 +16,9 @@ from anysize.exporters.exporting import random_feeds, verification_sizes
 from anysize.session import Session, load
 from anysize.sources import Source
 
+#: whose results the others are held against: the first that takes the source
+_REFERENCES = ("torch", "onnxruntime", "openvino")
+
 
 @dataclass(frozen=True)
 class ParityRow:
@@ -89,7 +92,7 @@ def compare(
     The reference is eager PyTorch in f32 where it takes the source, else ONNX Runtime, else OpenVINO.
     `backends`: names, by default all installed that take the source. `sizes`: by default those that an
     export is verified at. `precision`: "f32" or "bf16". Inputs are seeded noise in the contract's value
-    range. Raises what `load` raises.
+    range. Raises what `load` raises, and `OptionError` where there is nothing to compare.
     """
     if precision not in ("f32", "bf16"):
         raise OptionError(f"parity compares engines in f32 or bf16, not in {precision}")
@@ -107,6 +110,10 @@ def compare(
             if not sessions and name == wanted[-1]:
                 raise
     reference_name, reference = _reference(source)
+    if precision == "f32" and not failed and list(sessions) == [reference_name]:
+        raise OptionError(
+            f"only {reference_name} takes this model here: a second engine is needed to compare"
+        )
     chosen = _sizes(reference.spec, sizes)
     rows = []
     for size in chosen:
@@ -127,7 +134,7 @@ def compare(
 
 def _reference(source: Source) -> tuple[str, Session]:
     problem: AnysizeError | None = None
-    for name in ("torch", "onnxruntime", "openvino"):
+    for name in _REFERENCES:
         try:
             return name, load(source, backend=name)
         except AnysizeError as error:

@@ -423,7 +423,7 @@ class Session:
 def _array(name: str, value: object) -> Array:
     try:
         return np.asarray(value)
-    except ValueError as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # tensors with gradients, or of dtypes it has not
         raise ShapeError(name, None, type(value).__name__, f"must be an array ({error})") from error
 
 

@@ -105,6 +105,8 @@ class SizePolicy:
     def plan(self, size: Size) -> SizePlan:
         """For a picture of (height, width). Raises `ShapeError` where that would leave a side of 0."""
         size = _size("the picture's size", size)
+        if 0 in size:
+            raise ShapeError("image", None, f"{size[1]} x {size[0]}", "must have at least one pixel a side")
         box = content = size
         roomy = False  # for the size itself, unscaled, which is all that rounding down asks for
         if self.bins:

@@ -69,9 +69,12 @@ def source_format(source: Source) -> str:
     if is_checkpoint(path):
         return "module"
     known = (*WEIGHTS, *GRAPHS)
+    if path.is_dir():
+        raise ModelLoadError(f"{path}: a folder without config.json, so not of a model of diffusers")
     if path.suffix.lower() not in known:
         files = f"{', '.join(BUNDLED)} or a {', '.join(known)} file"
-        raise ModelLoadError(f"{path}: not a known model; expected {files}, or a folder of diffusers")
+        what = "not a known model" if path.is_file() else "no such model or file"
+        raise ModelLoadError(f"{path}: {what}; expected {files}, or a folder of diffusers")
     if not path.is_file():
         raise ModelLoadError(f"{path}: no such file")
     return GRAPHS.get(path.suffix.lower(), "module")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from anysize.backends.errors import OptionError, ShapeError
@@ -17,6 +19,8 @@ from anysize.session import Session
 
 #: a side that all factors of autoencoders divide
 _LARGE = 2048
+#: methods of models of diffusers that save or change weights or layers, which a stand-in has not
+_REFUSED = re.compile("save_pretrained|push_to_hub|enable_freeu|qkv_projections|attn_proc|adapter|lora")
 
 
 class SessionModule(torch.nn.Module):
@@ -55,6 +59,10 @@ class SessionModule(torch.nn.Module):
 
 def module(session: Session | Mapping[str, Session], like: torch.nn.Module | None) -> torch.nn.Module:
     """See `anysize.as_module`."""
+    given = session.values() if isinstance(session, Mapping) else [session]
+    for one in given:
+        if not isinstance(one, Session):
+            raise OptionError(f"as_module takes sessions, as load() makes them, not {type(one).__name__}")
     if like is not None:
         return _stand_in(session, like)
     if not isinstance(session, Session):
@@ -95,12 +103,21 @@ def _stand_in(sessions: Session | Mapping[str, Session], like: torch.nn.Module) 
         else:
             bound = type(like).forward.__get__(like)
             first.forward = _Call(session, recipes[name], inspect.signature(bound))
+    for method in dir(type(like)):
+        if _REFUSED.search(method) and callable(getattr(type(like), method)):
+            setattr(twin, method, partial(_refuse, type(like).__name__, method))
     return twin
 
 
 def _steps(model: torch.nn.Module, recipe: Recipe) -> list[str]:
     """The submodules that a part is made of; "": the model itself."""
     return [step for step in recipe.chain if getattr(model, step) is not None] or [""]
+
+
+def _refuse(kind: str, method: str, *_: Any, **__: Any) -> NoReturn:
+    raise OptionError(
+        f"{method}: an engine runs this {kind}; its weights and layers are not here to be saved or changed"
+    )
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

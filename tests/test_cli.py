@@ -100,7 +100,7 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, *out, "--device", "abacus"], "'abacus'"),
         ([ok, *out, "--threads", "0"], "threads must be at least 1"),
         ([ok, *out, "--outscale", "-2"], "outscale must be a positive number, not -2"),
-        ([ok, *out, "--model", "nothing"], "nothing: not a known model; expected default or a"),
+        ([ok, *out, "--model", "nothing"], "nothing: no such model or file; expected default or a"),
         ([ok, *out, "--model", str(folder / "weights.pth")], "weights.pth: "),
         ([ok, *out, "--model", str(folder / "none.onnx")], "none.onnx: no such file"),
         ([ok, "-o", str(folder / "missing" / "out.png")], "does not exist"),

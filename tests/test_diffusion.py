@@ -60,7 +60,6 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("parts"))
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize("name", MODELS)
 def test_every_engine_agrees_at_any_size(shelf: Shelf, name: str) -> None:
     allowed = 1e-5 if name == "transformer" else 1e-4
@@ -130,7 +129,6 @@ def quiet() -> Iterator[None]:
     logger.setLevel(level)
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("channels", [4, 9])
 def test_an_inpainting_pipeline_gives_the_same_picture(shelf: Shelf, channels: int) -> None:
@@ -207,6 +205,13 @@ def test_a_stand_in_is_what_its_host_knows(shelf: Shelf) -> None:
     ):
         with pytest.raises(ShapeError):
             module(**{**tensors, **wrong}, added_cond_kwargs=added)
+    for method in ("save_pretrained", "enable_freeu", "set_default_attn_processor", "fuse_qkv_projections"):
+        with pytest.raises(
+            OptionError, match=f"{method}: an engine runs this UNet2DConditionModel; its weights"
+        ):
+            getattr(module, method)("anything")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict(unet.state_dict())
     for again in (copy.deepcopy(module), as_module(session, like=module)):
         got = again(**tensors, added_cond_kwargs=added).sample
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
@@ -275,12 +280,14 @@ def test_sessions_that_are_not_of_the_model_are_refused(shelf: Shelf) -> None:
         as_module(four, like=torch.nn.Linear(3, 3))
     with pytest.raises(OptionError, match="need the model whose parts they are"):
         as_module({"decoder": decoder})
+    for other in ("unet.onnx", unet, {"unet": unet}):
+        with pytest.raises(OptionError, match="as_module takes sessions, as load"):
+            as_module(other, like=unet)
 
 
 # -- positions
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 def test_fixed_positions_take_one_size(tmp_path: Path) -> None:
     model = small.sana(sample_size=8)
     (part,) = parts(model, positions="fixed").values()
@@ -332,6 +339,14 @@ def test_a_checkpoint_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         capsys.readouterr().out.split()
     )
     assert load(tmp_path / "d.onnx")(latent.numpy()).shape == (1, 3, 24, 40)
+    for arguments, reason in (
+        (("-o", tmp_path / "d.png"), "the suffix must be .onnx or .xml"),
+        (("-o", tmp_path / "no" / "d.onnx"), "the folder does not exist"),
+        (("-o", tmp_path / "d.onnx", "--latents", "40x24,33x65"), "one size, such as 64x48"),
+        (("-o", tmp_path / "d.onnx", "--latents", "40"), "must look like 64x48, not '40'"),
+    ):
+        assert command(folder, "--part", "decoder", *arguments) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
 
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"a pipeline; name the folder of one of its models: vae"):
@@ -360,6 +375,46 @@ def test_a_checkpoint_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelLoadError, match=r"vae: "):
         parts(folder)
+
+
+def test_a_folder_with_other_files_of_weights(tmp_path: Path) -> None:
+    """In several files, or in one variant alone, as many keep it."""
+    vae, latent = small.vae(), torch.randn(1, 4, 3, 5)
+    with torch.inference_mode():
+        want = vae.decode(latent).sample
+        for name, arguments, error in (
+            ("shards", {"max_shard_size": "50KB"}, 1e-6),
+            ("fp16", {"variant": "fp16"}, 0.02),
+            ("shards-fp16", {"variant": "fp16", "max_shard_size": "50KB"}, 0.02),
+        ):
+            stored = copy.deepcopy(vae).half() if "fp16" in name else vae
+            stored.save_pretrained(tmp_path / name, **arguments)
+            assert len(list((tmp_path / name).glob("*.safetensors"))) == 1 or "shards" in name
+            part = parts(tmp_path / name)["decoder"]
+            assert {p.dtype for p in part.parameters()} == {torch.float32}
+            torch.testing.assert_close(part(latent), want, atol=error, rtol=0)
+    shard = next(iter((tmp_path / "shards").glob("*.safetensors")))
+    shard.unlink()
+    with pytest.raises(ModelLoadError, match=f"shards: .*{shard.name}"):
+        parts(tmp_path / "shards")
+    file = tmp_path / "fp16" / "diffusion_pytorch_model.fp16.safetensors"
+    file.with_name("diffusion_pytorch_model.bf16.safetensors").write_bytes(file.read_bytes())
+    with pytest.raises(ModelLoadError, match="weights of several variants, bf16, fp16; keep one"):
+        parts(tmp_path / "fp16")
+    for there in tmp_path.glob("fp16/*.safetensors"):
+        there.unlink()
+    with pytest.raises(ModelLoadError, match="only its config; other kinds of weights are not read"):
+        parts(tmp_path / "fp16")
+    (tmp_path / "fp16" / "diffusion_pytorch_model.bin").touch()
+    with pytest.raises(
+        ModelLoadError, match=r"beside its config only diffusion_pytorch_model.bin; other kinds"
+    ):
+        parts(tmp_path / "fp16")
+    (tmp_path / "fp16" / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match=r"a folder without config\.json"):
+        load(tmp_path / "fp16")
+    with pytest.raises(ModelLoadError, match="no such model or file"):
+        load(tmp_path / "nowhere")
 
 
 def test_a_table_that_does_not_fit_says_what_would(tmp_path: Path) -> None:
@@ -478,7 +533,6 @@ def test_interpolated_positions_say_how_far_they_are_off(
         parts(small.vae(), positions="fixed")
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 def test_no_nan_where_attention_divides_by_nothing(tmp_path: Path) -> None:
     """relu(query) of zero: 0 / (0 + 1e-15), which exporters and engines have been seen to make 0 / 0."""
     model = small.sana(sample_size=8)

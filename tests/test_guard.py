@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import anysize
 import numpy as np
 import pytest
+import torch
 from anysize import ExecutionError, IntegrityError, OptionError, Options, ShapeError
 from anysize.backends import EngineOptions, Executable, Model, get_backend
 from anysize.backends.base import Shapes
@@ -203,6 +204,8 @@ def test_bad_feeds_never_reach_the_engine() -> None:
         {"x": x(4, 4).astype(np.complex64)},
         {"x": "text"},
         {"x": [[1, 2], [3]]},
+        {"x": torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16)},
+        {"x": torch.zeros(1, 3, 4, 4, requires_grad=True)},
     ):
         with pytest.raises(ShapeError):
             session.run(feeds)

@@ -31,7 +31,7 @@ def box(height: int = 60, width: int = 90) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16, np.float32])
 def test_a_mask_of_one_pixel_is_never_lost(dtype: type) -> None:
-    value = {np.uint16: 1, np.uint8: 1, np.float32: 1e-6}.get(dtype, True)
+    value = {np.uint16: 2, np.uint8: 2, np.float32: 1e-6}.get(dtype, True)
     for y, x in ((0, 0), (23, 17), (7, 8), (8, 7)):
         mask = np.zeros((24, 40), dtype)
         mask[y, x] = value
@@ -58,6 +58,9 @@ def test_masks_that_are_none() -> None:
     for values in (np.full((8, 8), 2.0), np.full((8, 8), np.nan), np.full((8, 8), -1.0)):
         with pytest.raises(ImageError):
             latent_mask(values)
+    for dtype, full in ((np.uint8, 255), (np.uint16, 65535)):
+        with pytest.raises(ImageError, match=f"a mask of {np.dtype(dtype)} is full at {full}; for 0 and 1 "):
+            latent_mask(np.eye(8, dtype=dtype))
     for arguments in ({"factor": 0}, {"factor": 2.0}, {"reduce": "mean"}):
         with pytest.raises(OptionError):
             latent_mask(np.zeros((8, 8), bool), **arguments)
@@ -74,7 +77,7 @@ def test_what_goes_into_a_unet() -> None:
     assert np.array_equal(nine[1, 4], mask[0, 0])
     assert np.array_equal(nine[1, 5:], masked[0])
     assert np.array_equal(unet_input(9, torch.from_numpy(latents), mask, masked)[:, 5:], masked)
-    with pytest.raises(OptionError, match="a UNet of 3 input channels is not for inpainting"):
+    with pytest.raises(OptionError, match=r"the session takes .* alone: it is no UNet's"):
         unet_input(numpy_session(nearest(1), image_spec(1)), latents)
     for count in (5, 8, 13, 0):
         with pytest.raises(OptionError, match=f"a UNet of {count} input channels is not for inpainting"):
@@ -83,7 +86,9 @@ def test_what_goes_into_a_unet() -> None:
         unet_input(9, latents, np.full((1, 1, 17, 23), 255, np.uint8), masked)
     assert not np.shares_memory(unet_input(4, latents), latents)
     tensor = torch.from_numpy(latents).bfloat16().requires_grad_()
-    np.testing.assert_allclose(unet_input(4, tensor), latents, rtol=1e-2)
+    same = unet_input(9, tensor, torch.from_numpy(mask), masked)
+    assert (same.dtype, same.requires_grad) == (torch.bfloat16, False)
+    assert torch.equal(same[:, :4], tensor)
     for wrong in (
         "abcd",
         [[1], [1, 2]],
@@ -130,7 +135,12 @@ def test_blending_at_a_step_of_diffusers_schedulers() -> None:
         np.testing.assert_allclose(got, (1 - mask) * noised.numpy() + mask * new, rtol=1e-5, atol=1e-5)
     assert np.array_equal(blend_latents(original, new, np.ones_like(mask)), new)
     assert np.array_equal(blend_latents(original, new, np.zeros_like(mask)), original)
-    for level in (None, 1.0, (1,), (1, 2, 3), ("a", "b"), (np.nan, 0), (np.inf, 0), (1, np.nan), (-1, 0)):
+    got = blend_latents(original, torch.from_numpy(new).half(), mask)
+    assert got.dtype == torch.float16
+    np.testing.assert_allclose(got, (1 - mask) * original + mask * new, atol=1e-2)
+    with pytest.raises(OptionError, match="noise needs the step's level"):
+        blend_latents(original, new, mask, noise=noise)
+    for level in (1.0, (1,), (1, 2, 3), ("a", "b"), (np.nan, 0), (np.inf, 0), (1, np.nan), (-1, 0)):
         with pytest.raises(OptionError, match="level is two factors"):
             blend_latents(original, new, mask, noise=noise, level=level)
     for values in (mask * 255, mask - 2, mask * np.nan):

@@ -99,7 +99,6 @@ def test_equals_the_whole(everything: tuple, size: tuple[int, int], rows: int) -
     assert np.abs(run(runner, x, rows) - want).max() <= 2e-5
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize("align_corners", [0, 1])
 def test_animegan(align_corners: int, toybox: ToyBox) -> None:
     file = toybox.file("Anime", align_corners=align_corners)
@@ -333,7 +332,6 @@ def small_inside() -> tuple[list, dict]:
     return nodes, {**AXES, "W": WEIGHT}
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize("batch", ["n", 1])
 @pytest.mark.parametrize("graph", [very_deep, several_outputs, small_inside])
 def test_graphs_that_run(graph: Callable, batch: str | int, tmp_path: Path) -> None:

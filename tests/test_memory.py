@@ -19,7 +19,7 @@ from anysize.memory import Held, available, measure, peak, resident
 from anysize.models.architectures import SRVGGNetCompact
 from anysize.tuning import Tuned
 from conftest import ENGINES, ToyBox
-from toys import image_spec, nearest, numpy_session
+from toys import Anime, image_spec, nearest, numpy_session
 
 GRAPHS = [name for name in ENGINES if name != "torch"]
 
@@ -51,18 +51,27 @@ def test_the_peak_stays() -> None:
     assert peak() >= most - 2**21  # Linux counts in steps
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_what_was_measured_holds_for_a_larger_picture(engine: str, toybox: ToyBox, tmp_path: Path) -> None:
-    """A child of its own runs four times the pixels: within the estimate, and not far from it."""
+@pytest.mark.parametrize(
+    ("engine", "name", "side"),
+    [
+        *((engine, "WholePicture", 5000) for engine in GRAPHS),
+        ("torch", "Anime", 1000),  # took 8 % more than was foretold from first runs, on a machine of CI
+        ("torch", "Compact", 3000),
+    ],
+)
+def test_what_was_measured_holds_for_a_larger_picture(
+    engine: str, name: str, side: int, toybox: ToyBox, tmp_path: Path
+) -> None:
+    """A child of its own runs many times the pixels measured: within the estimate, and not far from it."""
     if engine == "torch":
+        module = Anime(1) if name == "Anime" else SRVGGNetCompact(features=16, convolutions=2, scale=1)
         source = tmp_path / "weights.pt"
-        torch.save(SRVGGNetCompact(features=16, convolutions=2, scale=1).state_dict(), source)
+        torch.save(module.state_dict(), source)
     else:
-        source = toybox.file("WholePicture")
+        source = toybox.file(name)
     session = load(source, backend=engine)
     held = measure(session)
     assert held is not None
-    side = 3000 if engine == "torch" else 5000
     code = f"""
 import numpy as np
 from anysize import load

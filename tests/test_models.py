@@ -105,7 +105,6 @@ def test_data_parallel_prefix(tmp_path: Path) -> None:
     roundtrip(tmp_path / "m.pth", tiny_rrdb(), lambda s: {f"module.{k}": v for k, v in s.items()})
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize(("unshuffle", "scale"), [(1, 4), (2, 2), (4, 1)])
 def test_real_esrgan_scales(tmp_path: Path, backend: str, unshuffle: int, scale: int) -> None:
     module = tiny_rrdb(unshuffle=unshuffle, blocks=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from anysize import ShapeError
+from anysize import OptionError, ShapeError
 from conftest import ENGINES, ToyBox
 
 
@@ -114,6 +114,15 @@ def test_module_from_several_threads(backend: str) -> None:
         for _ in range(5):
             for got, right in zip(pool.map(module, inputs), want, strict=True):
                 assert torch.allclose(got, right, atol=1e-5)
+
+
+def test_an_engine_alone_has_nothing_to_agree_with(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = next(name for name in ENGINES if name != "torch")
+    monkeypatch.setattr("anysize.parity.available_backends", lambda: [engine])
+    monkeypatch.setattr("anysize.parity._REFERENCES", (engine,))
+    with pytest.raises(OptionError, match=f"only {engine} takes this model here: a second engine"):
+        anysize.compare(toybox.file("Convolution"))
+    assert anysize.compare(toybox.file("Convolution"), precision="bf16", atol=0.1).rows
 
 
 def test_psnr_is_over_the_value_range() -> None:

@@ -24,7 +24,6 @@ def sessions(assets: Path) -> dict[tuple[str, str], Session]:
     return {(w, e): anysize.load(assets / "weights" / w, backend=e) for w in WEIGHTS for e in ENGINES}
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_engines_agree_and_exact_tiles_equal_the_whole(

@@ -257,7 +257,6 @@ def test_r12_nan_is_an_error_and_never_black(
         assert upscale.report.fallbacks[0].startswith(f"{backend}:bf16 -> {backend}:f32: ")
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize(
     ("name", "multiple"), [("Unshuffle", 2), ("Unshuffle", 4), ("Unshuffle", 8), ("Windows", 7)]
 )

@@ -227,7 +227,6 @@ def test_random_networks_in_bands_equal_the_whole(
 @pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
 @given(st.integers(0, 2**31), steps, *sizes)
 @settings(max_examples=40, deadline=None)
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 def test_random_networks_with_states_inside_the_engine(
     seed: int, grown: list[tuple[int, int, int]], extra: int, rows: int, width: int
 ) -> None:
@@ -249,7 +248,6 @@ def test_a_state_joined_to_a_width_that_is_open_twice_streams(engine: str, pictu
     assert np.array_equal(bands(x), whole(x))
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 @pytest.mark.parametrize("engine", GRAPH_ENGINES)
 @pytest.mark.parametrize(
     "name", ["UShaped", "Branches", "Dilated", "Unshuffle", "Nearest", "Convolution", "EncoderDecoder"]

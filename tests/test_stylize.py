@@ -49,7 +49,6 @@ def generator(
     return module, anysize.exporters.export(module, path, inputs=[("n", 3, "h", "w")])
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 def test_engines_agree(generator: tuple[AnimeGANv2, Path]) -> None:
     """With eager PyTorch, which is what the third engine runs; at sizes that export has not seen."""
     module, path = generator
@@ -69,7 +68,6 @@ def test_engines_agree(generator: tuple[AnimeGANv2, Path]) -> None:
             assert np.abs(session(x) - want).max() <= 1e-4, (session.backend, size)
 
 
-@pytest.mark.no_cover  # 1.4 times as slow with it, and others cover these lines
 def test_weights_files(tmp_path: Path) -> None:
     """As published: a plain state dict called .pt."""
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
 
 test: build/.dev-$(FILES)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90
 
 check: build/.dev-$(FILES)
 	$(BIN)/ruff check .

@@ -94,14 +94,17 @@ class _Program(Executable):
 
 
 def flatten_outputs(value: Any) -> list[Any]:
-    """The tensors of a module's return value in order: a tensor, or a (data)class, dict or list of them."""
+    """The tensors of a module's return value in order: a tensor, or a data class, dict or list of them.
+
+    What is no tensor, such as a name among them, is left out.
+    """
     if isinstance(value, Mapping):
         value = list(value.values())
     elif hasattr(value, "__dataclass_fields__"):
         value = [getattr(value, field) for field in value.__dataclass_fields__]
-    if isinstance(value, Sequence):
-        return [tensor for item in value if item is not None for tensor in flatten_outputs(item)]
-    return [value]
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [tensor for item in value for tensor in flatten_outputs(item)]
+    return [value] if hasattr(value, "detach") else []
 
 
 def _to_numpy(torch: Any, tensor: Any, dtype: np.dtype[Any]) -> Array:

@@ -235,20 +235,30 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
             name="export",
         ) from error
 
+    from anysize.backends.pytorch import flatten_outputs
+
     # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
     sizes = {n: clip(d, 2 if i == 0 else 7 + 14 * i) for i, (n, d) in enumerate(spec.dims.items())}
     shapes = spec.input_shapes(sizes)
     args = tuple(torch.full(shapes[t.name], 0.5).to(getattr(torch, t.dtype.name)) for t in spec.inputs)
     auto = torch.export.Dim.AUTO
-    dynamic: tuple[Any, ...] = tuple(
+    dynamic = tuple(
         {axis: auto for axis, size in enumerate(t.shape) if not isinstance(size, int)} for t in spec.inputs
     )
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):  # one argument, for torch
-        dynamic = (dynamic,)
+
+    class Flat(torch.nn.Module):
+        """With a tuple of tensors as the result: torch exports no data classes that it does not know."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(flatten_outputs(self.module(*tensors)))
+
     try:
         with _quiet():
-            program = torch.export.export(module, args, dynamic_shapes=dynamic)
+            program = torch.export.export(Flat(), args, dynamic_shapes=(dynamic,))
             # optimize=True deletes `+ eps` for tiny eps
             exported = torch.onnx.export(
                 program,

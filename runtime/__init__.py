@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from anysize.batch import upscale_file
     from anysize.guard import Stats
     from anysize.models.diffusion import parts
-    from anysize.parity import ParityReport, compare
+    from anysize.parity import ParityReport, assert_parity, compare
     from anysize.report import Report
     from anysize.session import Options, Session, load
     from anysize.sizes import SizePlan, SizePolicy, fit_longest
@@ -62,7 +62,7 @@ _HOMES = {
     "batch": "upscale_file",
     "guard": "Stats",
     "models.diffusion": "parts",
-    "parity": "ParityReport compare",
+    "parity": "ParityReport assert_parity compare",
     "report": "Report",
     "session": "Options Session load",
     "sizes": "SizePlan SizePolicy fit_longest",
@@ -90,9 +90,10 @@ def as_module(
 ) -> torch.nn.Module:
     """A `torch.nn.Module` with the original's call signature that runs `session`; needs torch.
 
-    `like`: the model of diffusers that the session was made from, whose class, config, arguments and results
-    the module then has; its weights may be let go. Of a model with several parts, `session` names one or more
-    (`{"encoder": ..., "decoder": ...}`); parts without a session stay as they are.
+    `like`: the model that the session was made from, whose class, attributes, config, arguments and results
+    the module then has; its weights may be let go. Of a model of diffusers with several parts, `session`
+    names one or more (`{"encoder": ..., "decoder": ...}`); parts without a session stay as they are.
+    Without `like`: arguments as the contract has them; one tensor as the result, or a tuple.
     Raises `OptionError` where a session is not of that model, or a call brings an argument it does not take.
     """
     try:
@@ -137,6 +138,7 @@ __all__ = [
     "TimedOut",
     "Upscaler",
     "as_module",
+    "assert_parity",
     "available_backends",
     "backends",
     "bucket_batch",

@@ -27,7 +27,7 @@ from anysize.backends.errors import AnysizeError, ExecutionError, OptionError
 from anysize.bench_result import COMMON, Benchmark, Row
 from anysize.pixels import open_picture, quantise, split
 from anysize.session import Options
-from anysize.sources import source_format
+from anysize.sources import located, source_format
 from anysize.tiling import Tiling
 from anysize.tuning import processor
 
@@ -169,6 +169,7 @@ def bench(
         raise OptionError("rounds and sizes must be at least 1")
     if any(width * height > _LARGEST for width, height in sizes):
         raise OptionError(f"sizes may have {_LARGEST} pixels at most")
+    model = str(located(model))
     for path in filter(None, (model, ncnn)):
         source_format(path)
     engines = installed_engines(backends)

@@ -28,7 +28,15 @@ from anysize.backends.errors import (
 )
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -400,9 +408,9 @@ def export(
     from anysize.exporters import export as export_module
     from anysize.exporters.exporting import folder_of
     from anysize.models import BUNDLED, bundled_file, is_checkpoint, load_weights, parts
-    from anysize.sources import open_source, source_format
+    from anysize.sources import located, open_source, source_format
 
-    path = bundled_file(model, ".safetensors") if model in BUNDLED else Path(model)
+    path = bundled_file(model, ".safetensors") if model in BUNDLED else Path(str(located(model)))
     folder_of(output)  # before anything is read
     if source_format(path) != "module":
         raise OptionError(f"{path}: export takes weights: .pth, .pt, .safetensors or a folder of diffusers")
@@ -501,6 +509,47 @@ def backends(as_json: AsJson = False, debug: Debug = False) -> int:
     for info in found:
         if info.problem is not None:
             out.print(info.problem, markup=False, highlight=False, soft_wrap=True)
+    return OK
+
+
+models_app = typer.Typer(invoke_without_command=True)
+app.add_typer(models_app, name="models")
+
+
+@models_app.callback()
+def models(context: typer.Context, as_json: AsJson = False, debug: Debug = False) -> int:
+    """Show known weights, where they are published, and whether they are here."""
+    from dataclasses import asdict
+
+    from anysize.models.registry import KNOWN, local
+
+    if context.invoked_subcommand is not None:
+        return OK
+    if as_json:
+        for known in KNOWN.values():
+            file = local(known)
+            print(json.dumps({**asdict(known), "file": str(file) if file else None}))  # noqa: T201
+        return OK
+    for known in KNOWN.values():
+        here = "here" if local(known) else "not here"
+        facts = f"{known.architecture} x{known.scale}, {known.licence}, {known.size / 1e6:.1f} MB, {here}"
+        for line in (f"{known.name}: {facts}", f"    {known.url}", f"    sha256 {known.sha256}"):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    return OK
+
+
+@models_app.command()
+def get(
+    name: Annotated[str, typer.Argument(help="A name that `anysize models` shows.")], debug: Debug = False
+) -> int:
+    """Download known weights into ANYSIZE_HOME, or go on where a download stopped; prints the file's path."""
+    from anysize.models.registry import fetch
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(name, total=None)
+        path = fetch(name, progress=lambda have, size: progress.update(task, completed=have, total=size))
+    print(path)  # noqa: T201
     return OK
 
 

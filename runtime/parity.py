@@ -25,7 +25,8 @@ class ParityRow:
     """One engine at one size.
 
     `max_abs`, `psnr` (dB, over the value range): against the reference, of the worst output.
-    `error` says what went wrong where there is no result; `ok` is the verdict at the report's tolerance.
+    `worst_at`: the element that differs most, and both values. `error` says what went wrong where there is no
+    result; `ok` is the verdict at the report's tolerance.
     """
 
     backend: str
@@ -36,6 +37,7 @@ class ParityRow:
     psnr: float | None = None
     finite: bool | None = None
     shapes_match: bool | None = None
+    worst_at: str | None = None
     error: str | None = None
 
     @property
@@ -70,13 +72,34 @@ class ParityReport:
     def __str__(self) -> str:
         lines = [f"reference: {self.reference}, tolerance {self.atol:g}"]
         for row in self.rows:
-            figures = (
-                f"max|d| {row.max_abs:.3g}, PSNR {row.psnr:.1f} dB" if row.max_abs is not None else row.error
-            )
+            figures = row.error
+            if row.max_abs is not None:
+                figures = f"max|d| {row.max_abs:.3g}, PSNR {row.psnr:.1f} dB"
+                figures += "" if row.ok else f", worst at {row.worst_at}"
             lines.append(
                 f"{'ok  ' if row.ok else 'FAIL'} {row.backend} {row.precision} {row.size_text}: {figures}"
             )
         return "\n".join(lines)
+
+
+def assert_parity(
+    source: Source,
+    *,
+    backends: Sequence[str] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    precision: str = "f32",
+    atol: float = 1e-4,
+) -> ParityReport:
+    """`compare` for tests: raises `AssertionError` where an engine is outside the tolerance.
+
+    Its text has every engine and size: the precision that ran, the largest difference, the PSNR, and the
+    element that differs most. Arguments and other errors are those of `compare`.
+    """
+    __tracebackhide__ = True  # pytest shows the line of the test
+    report = compare(source, backends=backends, sizes=sizes, precision=precision, atol=atol)
+    if not report.ok:
+        raise AssertionError(f"engines differ\n{report}")
+    return report
 
 
 def compare(
@@ -110,7 +133,7 @@ def compare(
             if not sessions and name == wanted[-1]:
                 raise
     reference_name, reference = _reference(source)
-    if precision == "f32" and not failed and list(sessions) == [reference_name]:
+    if precision == "f32" and backends is None and list(sessions) == [reference_name]:
         raise OptionError(
             f"only {reference_name} takes this model here: a second engine is needed to compare"
         )
@@ -170,14 +193,20 @@ def _row(
     pairs = [
         (g.astype(np.float64), w.astype(np.float64)) for g, w in zip(got.values(), want.values(), strict=True)
     ]
+    names = list(want)
     shapes_match = all(g.shape == w.shape for g, w in pairs)
     if not shapes_match:
         shapes = [g.shape for g, _ in pairs]
         return ParityRow(name, precision, size, False, shapes_match=False, error=f"shapes {shapes}")
     finite = all(bool(np.isfinite(g).all()) for g, _ in pairs)
-    worst = max(float(np.abs(g - w).max()) for g, w in pairs)
+    largest = [float(np.abs(g - w).max()) for g, w in pairs]
+    which = int(np.argmax(largest))  # what is not a number counts as the largest
+    worst = largest[which]
+    g, w = pairs[which]
+    index = np.unravel_index(int(np.abs(g - w).argmax()), g.shape)
+    worst_at = f"{names[which]}[{', '.join(map(str, index))}]: {g[index]:.6g}, not {w[index]:.6g}"
     square = max(float(np.mean((g - w) ** 2)) for g, w in pairs)
     span = spec.value_range[1] - spec.value_range[0]
     psnr = math.inf if square == 0 else 10 * math.log10(span**2 / square) if finite else math.nan
     limit = atol * max(1.0, *(float(np.abs(w).max()) for _, w in pairs))
-    return ParityRow(name, precision, size, finite and worst <= limit, worst, psnr, finite, True)
+    return ParityRow(name, precision, size, finite and worst <= limit, worst, psnr, finite, True, worst_at)

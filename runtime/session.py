@@ -27,7 +27,7 @@ from anysize.backends.errors import (
     ShapeError,
 )
 from anysize.guard import ShapeGuard, Stats, Strategy, log
-from anysize.sources import Source, choose_backend, open_source, version_of
+from anysize.sources import Source, choose_backend, located, open_source, version_of
 
 if TYPE_CHECKING:
     from anysize.lockstep import LockstepRunner
@@ -182,6 +182,7 @@ def load(
             raise OptionError(f"a fallback runs in f32 or bf16, not in {wanted}")
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source):
         raise OptionError("the model's name is empty")
+    source = located(source)
     kept = settings.cache()
     guards: list[ShapeGuard] = []
     skipped: list[str] = []

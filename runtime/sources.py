@@ -80,6 +80,20 @@ def source_format(source: Source) -> str:
     return GRAPHS.get(path.suffix.lower(), "module")
 
 
+def located(source: Source) -> Source:
+    """The file of known weights that are named; anything else as it is. Raises `ModelLoadError`."""
+    if not isinstance(source, str) or source in BUNDLED or Path(source).exists():
+        return source
+    from anysize.models.registry import KNOWN, local
+
+    if source not in KNOWN:
+        return source
+    file = local(KNOWN[source])
+    if file is None:
+        raise ModelLoadError(f"{source} is not here yet; fetch it with: anysize models get {source}")
+    return file
+
+
 def _takes(formats: Collection[str], form: str) -> bool:
     """Directly, or for modules and bundled models by way of an ONNX file."""
     return form in formats or (form in ("module", "bundled") and "onnx" in formats)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
 import torch
 from anysize.backends.errors import OptionError, ShapeError
+from anysize.backends.pytorch import flatten_outputs
 from anysize.backends.spec import Dim, TensorSpec
+from anysize.exporters.exporting import private_copy, random_feeds
 from anysize.exporters.probing import clip
 from anysize.models.diffusion import Recipe, recipes_of
 from anysize.session import Session
+from torch.utils import _pytree as pytree
 
 #: a side that all factors of autoencoders divide
 _LARGE = 2048
@@ -47,13 +51,7 @@ class SessionModule(torch.nn.Module):
         tensors = dict(zip(names, args, strict=False))
         if twice := set(tensors) & set(kwargs):
             raise TypeError(f"got several values for {', '.join(sorted(twice))}")
-        tensors |= kwargs
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ShapeError(name, None, type(tensor).__name__, "must be a torch.Tensor")
-        if not tensors:
-            raise ShapeError(names[0], None, "nothing", "this input is required")
-        results = _run(self.session, tensors)
+        results = _run(self.session, _tensors(self.session, tensors | kwargs))
         return results[0] if len(results) == 1 else results
 
 
@@ -63,18 +61,46 @@ def module(session: Session | Mapping[str, Session], like: torch.nn.Module | Non
     for one in given:
         if not isinstance(one, Session):
             raise OptionError(f"as_module takes sessions, as load() makes them, not {type(one).__name__}")
-    if like is not None:
-        return _stand_in(session, like)
+    if like is not None and not isinstance(like, torch.nn.Module):
+        raise OptionError(f"like is the model, a torch.nn.Module, not {type(like).__name__}")
+    recipes = None if like is None else recipes_of(like)
+    if like is not None and recipes is not None:
+        return _of_parts(session, like, recipes)
     if not isinstance(session, Session):
-        raise OptionError("sessions by name need the model whose parts they are: like=...")
-    return SessionModule(session)
+        raise OptionError("sessions by name need the model of diffusers whose parts they are: like=...")
+    return SessionModule(session) if like is None else _of_one(session, like)
 
 
-def _stand_in(sessions: Session | Mapping[str, Session], like: torch.nn.Module) -> torch.nn.Module:
-    """A twin of `like`, a model of diffusers, whose parts run in sessions."""
-    recipes = recipes_of(like)
-    if recipes is None:
-        raise OptionError(f"like: {type(like).__name__} is no model whose parts are known; leave it out")
+def _of_one(session: Session, like: torch.nn.Module) -> torch.nn.Module:
+    """A twin of any module, whose results are put together as a run at the smallest sizes shows."""
+    kind, names = type(like).__name__, [t.name for t in session.spec.inputs]
+    signature = inspect.signature(type(like).forward.__get__(like))
+    if others := [name for name in names if name not in signature.parameters]:
+        raise OptionError(f"the session takes {', '.join(others)}, and {kind}'s forward does not")
+    sizes = {name: clip(dim, 1) for name, dim in session.spec.dims.items()}
+    feeds = random_feeds(session.spec, sizes)
+    try:
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(array) for name, array in feeds.items()}
+            result = private_copy(like, share=True)(**given)
+    except Exception as error:  # whatever the module raises
+        raise OptionError(
+            f"the session is not of this {kind}, which does not run at {sizes}: {error}"
+        ) from error
+    found = [tuple(tensor.shape) for tensor in flatten_outputs(result)]
+    wanted = list(session.spec.output_shapes(sizes).values())
+    if found != wanted:
+        raise OptionError(f"the session is not of this {kind}: at {sizes} it gives {wanted}, not {found}")
+    twin = copy.deepcopy(like, {id(parameter): None for parameter in like.parameters()})
+    twin.placeholder = _placeholder(_dtype(like))
+    twin.forward = _Arguments(session, signature, _emptied(result))
+    return twin
+
+
+def _of_parts(
+    sessions: Session | Mapping[str, Session], like: torch.nn.Module, recipes: Mapping[str, Recipe]
+) -> torch.nn.Module:
+    """A twin of a model of diffusers, whose parts run in sessions."""
     if isinstance(sessions, Session):
         if len(recipes) > 1:
             raise OptionError(f"{type(like).__name__} has several parts; give a session by name: {{...}}")
@@ -92,7 +118,7 @@ def _stand_in(sessions: Session | Mapping[str, Session], like: torch.nn.Module) 
         for parameter in like.get_submodule(step).parameters()
     }
     twin = copy.deepcopy(like, memo)
-    dtype = next((p.dtype for p in like.parameters()), torch.float32)
+    dtype = _dtype(like)
     for name, session in sessions.items():
         first, *others = (twin.get_submodule(step) for step in replaced[name])
         first.placeholder = _placeholder(dtype)
@@ -137,6 +163,54 @@ class _Step:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         (result,) = _run(self.session, {self.session.spec.inputs[0].name: x})
         return result
+
+
+class _Arguments(_Step):
+    """The `forward` of any module: arguments as its class takes them, results as it gives them.
+
+    `result`: what it returns, with `_HERE` in place of each tensor.
+    """
+
+    def __init__(self, session: Session, signature: inspect.Signature, result: Any) -> None:
+        super().__init__(session)
+        self.signature, self.result = signature, result
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names, tensors = {t.name for t in self.session.spec.inputs}, {}
+        for name, value in self.signature.bind(*args, **kwargs).arguments.items():
+            if name in names:
+                tensors[name] = value
+            elif value is not self.signature.parameters[name].default:
+                raise OptionError(f"'{name}' is given, and the session takes {', '.join(sorted(names))}")
+        return _filled(self.result, iter(_run(self.session, _tensors(self.session, tensors))))
+
+
+class _Here:
+    """Where a tensor belongs."""
+
+
+_HERE = _Here()
+
+
+def _emptied(result: Any) -> Any:
+    """A result without its tensors."""
+    return _mapped(lambda leaf: _HERE if isinstance(leaf, torch.Tensor) else leaf, result)
+
+
+def _filled(result: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    return _mapped(lambda leaf: next(tensors) if leaf is _HERE else leaf, result)
+
+
+def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
+    """In tuples, lists, dicts, and data classes, in the order of `flatten_outputs`."""
+
+    def leaf(value: Any) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return change(value)
+        fields = {f.name: _mapped(change, getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **fields)
+
+    return pytree.tree_map(leaf, result)
 
 
 class _Call(_Step):
@@ -207,6 +281,17 @@ def _tensor(wanted: TensorSpec, value: Any) -> torch.Tensor:
     return converted
 
 
+def _tensors(session: Session, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What is given, in the order of the contract. Raises `ShapeError` for what is no tensor, or nothing."""
+    names = [t.name for t in session.spec.inputs]
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ShapeError(name, None, type(tensor).__name__, "must be a torch.Tensor")
+    if not given:
+        raise ShapeError(names[0], None, "nothing", "this input is required")
+    return {name: given[name] for name in (*names, *given) if name in given}
+
+
 def _run(session: Session, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     outputs = session.run({name: _to_numpy(tensor) for name, tensor in tensors.items()})
     like = next(iter(tensors.values()))
@@ -221,6 +306,10 @@ def _to_numpy(tensor: torch.Tensor) -> Any:
 def _like(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     floating = result.is_floating_point() and like.is_floating_point()
     return result.to(device=like.device, dtype=like.dtype if floating else None)
+
+
+def _dtype(like: torch.nn.Module) -> torch.dtype:
+    return next((p.dtype for p in like.parameters()), torch.float32)
 
 
 def _placeholder(dtype: torch.dtype) -> torch.nn.Parameter:

@@ -17,7 +17,7 @@ import anysize
 import numpy as np
 import pytest
 import toys
-from anysize.backends import Backend, EngineOptions, Model, get_backend
+from anysize.backends import Backend, EngineOptions, Model, ModelSpec, get_backend
 from anysize.exporters.exporting import input_templates, private_copy, probe_module, to_onnx
 from anysize.guard import ShapeGuard
 from anysize.session import Session
@@ -49,10 +49,13 @@ def assets() -> Path:
 
 
 class ToyBox:
-    """Toy modules, each probed and exported once a test run, opened on any engine."""
+    """Toy modules, each probed and exported once a test run, opened on any engine.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    `folder`: where all workers of the run find what one has exported; `own`: of this worker.
+    """
+
+    def __init__(self, folder: Path, own: Path) -> None:
+        self.folder, self.own = folder, own
         self.made: dict[str, tuple[Any, Model]] = {}
 
     def make(self, name: str, **arguments: int) -> tuple[Any, Model]:
@@ -60,8 +63,16 @@ class ToyBox:
         key = name + "".join(f"-{k}{v}" for k, v in arguments.items())
         if key not in self.made:
             module = private_copy(getattr(toys, name)(**arguments))
-            spec = probe_module(module, input_templates(module, [("n", 3, "h", "w")])[0])
-            self.made[key] = module, to_onnx(module, spec, self.folder / f"{key}.onnx")
+            file, contract = self.folder / f"{key}.onnx", self.folder / f"{key}.json"
+            if not file.exists():
+                spec = probe_module(module, input_templates(module, [("n", 3, "h", "w")])[0])
+                exported = to_onnx(module, spec, self.own / file.name).spec
+                assert exported is not None
+                (self.own / contract.name).write_text(exported.to_json())
+                for made in (contract, file):
+                    os.replace(self.own / made.name, made)
+            spec = ModelSpec.from_json(contract.read_text())
+            self.made[key] = module, Model("onnx", file.read_bytes(), spec)
         return self.made[key]
 
     def file(self, name: str, **arguments: int) -> Path:
@@ -80,7 +91,7 @@ class ToyBox:
         import pnnx
         import torch
 
-        folder = self.folder / f"{name}-ncnn"
+        folder = self.own / f"{name}-ncnn"
         path, onnx = folder / "model.ncnn.param", self.made[name][1]
         if not path.exists():
             folder.mkdir()
@@ -118,7 +129,11 @@ class ToyBox:
 
 @pytest.fixture(scope="session")
 def toybox(tmp_path_factory: pytest.TempPathFactory) -> ToyBox:
-    return ToyBox(tmp_path_factory.mktemp("toys"))
+    own = tmp_path_factory.mktemp("toys")
+    # a worker's folders lie in one of the whole run
+    folder = own.parent.parent / "toys" if "PYTEST_XDIST_WORKER" in os.environ else own.parent / "shared"
+    folder.mkdir(exist_ok=True)
+    return ToyBox(folder, own)
 
 
 @pytest.fixture

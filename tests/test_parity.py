@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import anysize
 import numpy as np
@@ -11,6 +18,7 @@ import pytest
 import torch
 import toys
 from anysize import OptionError, ShapeError
+from anysize.exporters import export
 from conftest import ENGINES, ToyBox
 
 
@@ -44,6 +52,14 @@ def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad.max_abs == pytest.approx(0.01, abs=1e-4)
     assert bad.psnr == pytest.approx(40, abs=0.2)
     assert "FAIL onnxruntime f32 1x9x9" in str(report)
+    at, got, want = re.fullmatch(r"output(\[.*\]): (\S+), not (\S+)", bad.worst_at).groups()
+    assert len(json.loads(at)) == 4
+    assert float(got) - float(want) == pytest.approx(0.01, abs=1e-4)
+    with pytest.raises(
+        AssertionError, match=r"(?s)engines differ.*FAIL onnxruntime f32 1x9x9: .* worst at out"
+    ):
+        anysize.assert_parity("default", sizes=[(9, 9)])
+    assert anysize.assert_parity("default", sizes=[(9, 9)], backends=["openvino"]).ok
 
 
 def test_a_backend_that_refuses_is_a_finding(toybox: ToyBox) -> None:
@@ -79,9 +95,78 @@ def test_module_has_the_originals_signature(backend: str) -> None:
         assert torch.allclose(module(x), want, atol=1e-5)  # a host's autocast does not change what runs
 
 
-def test_module_with_two_inputs(tmp_path: object) -> None:
-    from anysize.exporters import export
+@dataclass
+class Answer:
+    """As hosts' models give it: not registered with PyTorch."""
 
+    picture: torch.Tensor
+    rest: dict[str, Any]
+    note: str = "kept"
+
+
+class Host(torch.nn.Module):
+    """A model with a config, an argument that is none of the graph's, and several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"scale": 2}
+        self.up = toys.Nearest(2)
+        self.tone = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, image: torch.Tensor, gain: torch.Tensor, mode: str | None = None) -> Answer:
+        y = self.tone(image) * gain[:, :, None, None]
+        return Answer(self.up(y), {"mean": y.mean((2, 3)), "pair": (y, [image + 1])})
+
+
+def test_module_like_the_original(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    original = Host()
+    file = export(original, tmp_path / "m.onnx", inputs={"image": ("n", 3, "h", "w"), "gain": ("n", 3)})
+    if backend == "torch":
+        original.inputs = anysize.load(file).spec.inputs
+    session = anysize.load(original if backend == "torch" else file, backend=backend)
+    half = copy.deepcopy(original).train().half()
+    module = anysize.as_module(session, like=half)
+    assert half.training
+    assert type(module) is Host
+    assert (module.config, module.up.scale) == ({"scale": 2}, 2)
+    assert [(p.dtype, p.numel()) for p in module.parameters()] == [(torch.float16, 1)]
+    for again in (module, copy.deepcopy(module)):
+        for size in ((5, 7), (7, 5), (1, 1), (32, 9)):
+            image, gain = torch.rand(2, 3, *size), torch.rand(2, 3)
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+                got = again(image, gain=gain)
+            with torch.inference_mode():
+                want = original(image, gain)
+            assert type(got) is Answer
+            assert (got.note, list(got.rest), type(got.rest["pair"][1])) == ("kept", ["mean", "pair"], list)
+            torch.testing.assert_close(got.picture, want.picture, atol=1e-5, rtol=0)
+            torch.testing.assert_close(got.rest, want.rest, atol=1e-5, rtol=0)
+    assert module(image, gain, None).picture.shape == want.picture.shape
+    with pytest.raises(OptionError, match="'mode' is given, and the session takes gain, image"):
+        module(image, gain, "fast")
+    with pytest.raises(TypeError, match="missing a required argument: 'gain'"):
+        module(image)
+    with pytest.raises(ShapeError, match=r"'gain': got int, but must be a torch\.Tensor"):
+        module(image, 3)
+
+
+def test_a_module_that_is_not_like_the_session(toybox: ToyBox) -> None:
+    session = toybox.session("Nearest", ENGINES[0], scale=2)
+    for other, reason in (
+        (toys.Nearest(3), r"gives \[\(1, 3, 2, 2\)\], not \[\(1, 3, 3, 3\)\]"),
+        (toys.Convolution(channels=4), "does not run at"),
+        (toys.TwoInputs(), "the session takes x, and TwoInputs's forward does not"),
+    ):
+        with pytest.raises(OptionError, match=reason):
+            anysize.as_module(session, like=other)
+    with pytest.raises(OptionError, match=r"like is the model, a torch\.nn\.Module, not str"):
+        anysize.as_module(session, like="Nearest")
+    with pytest.raises(OptionError, match="need the model of diffusers"):
+        anysize.as_module({"x": session}, like=toys.Nearest(2))
+
+
+def test_module_with_two_inputs(tmp_path: Path) -> None:
     original = toys.TwoInputs()
     file = export(
         original, tmp_path / "m.onnx", inputs={"image": ("n", 3, "h", "w"), "mask": ("n", 1, "a", "b")}
@@ -114,6 +199,37 @@ def test_module_from_several_threads(backend: str) -> None:
         for _ in range(5):
             for got, right in zip(pool.map(module, inputs), want, strict=True):
                 assert torch.allclose(got, right, atol=1e-5)
+
+
+def test_the_plugin_of_pytest(tmp_path: Path) -> None:
+    """A host's own tests, which import nothing of it."""
+    (tmp_path / "test_host.py").write_text(
+        """
+import anysize, pytest
+
+def test_each(backend):
+    assert anysize.load("default", backend=backend).backend == backend
+
+@pytest.mark.parametrize("backend", ["mine"])
+def test_own_parameters(backend):
+    assert backend == "mine"
+
+def test_parity():
+    anysize.assert_parity("default", sizes=[(9, 8)], atol=0)
+"""
+    )
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "conftest.py").write_text(
+        "import pytest\n@pytest.fixture\ndef backend(): return 'theirs'\n"
+    )
+    (tmp_path / "own" / "test_own.py").write_text("def test_fixture(backend): assert backend == 'theirs'\n")
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    passed = re.findall(r"::(\S+) PASSED", done.stdout)
+    names = [f"test_each[{name}]" for name in ENGINES]
+    assert sorted(passed) == sorted([*names, "test_own_parameters[mine]", "test_fixture"]), done.stdout
+    assert re.search(r"E +FAIL \w+ f32 1x9x8: max\|d\| \S+, PSNR \S+ dB, worst at output\[", done.stdout)
+    assert "def compare" not in done.stdout
 
 
 def test_an_engine_alone_has_nothing_to_agree_with(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 import anysize
 import numpy as np
 import pytest
+import torch
 from anysize import Tiling, Upscaler
+from anysize.exporters import export
 from anysize.files import read_picture
+from anysize.models import load_weights
 from anysize.pixels import to_float
 from anysize.session import Session
 from conftest import ENGINES
@@ -20,8 +23,16 @@ RADIUS = {"realesr-animevideov3.pth": 18, "rrdbnet6-trained.pth": 94}
 
 
 @pytest.fixture(scope="module")
-def sessions(assets: Path) -> dict[tuple[str, str], Session]:
-    return {(w, e): anysize.load(assets / "weights" / w, backend=e) for w in WEIGHTS for e in ENGINES}
+def sessions(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Session]:
+    """One file for the engines of graphs; that each converts weights by itself, tests/test_cache.py tries."""
+    made, folder = {}, tmp_path_factory.mktemp("real")
+    for name in WEIGHTS:
+        weights = load_weights(assets / "weights" / name)
+        file = export(weights.module, folder / f"{name}.onnx", inputs=[("n", weights.in_channels, "h", "w")])
+        for engine in ENGINES:
+            source = assets / "weights" / name if engine == "torch" else file
+            made[name, engine] = anysize.load(source, backend=engine)
+    return made
 
 
 @pytest.mark.parametrize("name", PICTURES)
@@ -47,6 +58,40 @@ def test_engines_agree_and_exact_tiles_equal_the_whole(
     rough(array)
     assert rough.report.exact is False
     assert rough.report.max_error is not None
+
+
+def host_tiler(
+    model: torch.nn.Module, picture: np.ndarray, tile: int, pad: int, before: int = 10
+) -> np.ndarray:
+    """The pattern of Real-ESRGAN's own RealESRGANer, x4: padded before; tiles with their surroundings, of
+    other sizes at the edges; cropped; pasted. HWC uint8 both ways."""
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    x = torch.nn.functional.pad(x, (0, before, 0, before), "reflect")
+    height, width = x.shape[2:]
+    result = x.new_zeros((1, 3, 4 * height, 4 * width))
+    for top in range(0, height, tile):
+        for left in range(0, width, tile):
+            bottom, right = min(top + tile, height), min(left + tile, width)
+            y, x0 = max(top - pad, 0), max(left - pad, 0)
+            with torch.no_grad():
+                made = model(x[:, :, y : min(bottom + pad, height), x0 : min(right + pad, width)])
+            made = made[:, :, 4 * (top - y) :, 4 * (left - x0) :]
+            made = made[:, :, : 4 * (bottom - top), : 4 * (right - left)]
+            result[:, :, 4 * top : 4 * bottom, 4 * left : 4 * right] = made
+    result = result[0, :, : 4 * picture.shape[0], : 4 * picture.shape[1]]
+    return (result.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def test_a_hosts_own_tiler(sessions: dict[tuple[str, str], Session], assets: Path) -> None:
+    original = load_weights(assets / "weights" / WEIGHTS[0]).module
+    pictures = [read_picture(assets / "images" / name).array[..., :3] for name in PICTURES]
+    wanted = [host_tiler(original, picture, 192, 8) for picture in pictures]
+    for engine in ENGINES:
+        model = anysize.as_module(sessions[WEIGHTS[0], engine], like=original)
+        assert type(model) is type(original)
+        for picture, want in (*zip(pictures, wanted, strict=True),) * 2:
+            got = host_tiler(model, picture, 192, 8)
+            assert np.abs(got.astype(int) - want).max() <= 1, engine
 
 
 @pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")

@@ -39,14 +39,10 @@ def noise(*shape: int, dtype: type = np.uint8, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["align_corners", "by 2"])
-def generator(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[AnimeGANv2, Path]:
+def generator(request: pytest.FixtureRequest, toybox: ToyBox) -> tuple[AnimeGANv2, Path]:
     """The generator with random weights of its real size, and its export."""
-    torch.manual_seed(0)
-    module = AnimeGANv2(align_corners=request.param).eval()
-    path = tmp_path_factory.mktemp("animegan") / "animegan.onnx"
-    return module, anysize.exporters.export(module, path, inputs=[("n", 3, "h", "w")])
+    file = toybox.file("Anime", align_corners=int(request.param))
+    return toys.Anime(int(request.param)), file
 
 
 def test_engines_agree(generator: tuple[AnimeGANv2, Path]) -> None:

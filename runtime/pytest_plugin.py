@@ -1,0 +1,34 @@
+"""pytest's fixture `backend`: each installed engine that takes weights or ONNX files, in turn.
+
+pytest loads this by its entry point.
+
+    def test_my_model(backend):
+        anysize.assert_parity("model.pth", backends=[backend], sizes=[(33, 65)], atol=1e-3)
+
+Nothing is imported before a test asks for it; a test's own `parametrize`, or a fixture of this name in a
+`conftest.py`, goes first.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+_FORMATS = {"module", "onnx"}
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each installed engine's name in turn, for `anysize.load(..., backend=backend)`."""
+    return str(request.param)
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's own, which sees to `parametrize`
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    definitions = metafunc._arg2fixturedefs.get("backend", ())
+    if definitions and definitions[-1].func.__module__ == __name__:
+        from anysize.backends import describe_backends
+
+        found = [
+            i.name for i in describe_backends() if i.problem is None and _FORMATS.intersection(i.formats)
+        ]
+        metafunc.parametrize("backend", found, indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -100,8 +101,8 @@ def flatten_outputs(value: Any) -> list[Any]:
     """
     if isinstance(value, Mapping):
         value = list(value.values())
-    elif hasattr(value, "__dataclass_fields__"):
-        value = [getattr(value, field) for field in value.__dataclass_fields__]
+    elif is_dataclass(value):
+        value = [getattr(value, field.name) for field in fields(value)]
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
         return [tensor for item in value for tensor in flatten_outputs(item)]
     return [value] if hasattr(value, "detach") else []

@@ -109,14 +109,15 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 def private_copy(module: Any, *, share: bool = False) -> Any:
     """A copy on the CPU, in f32 and eval mode, that the caller's further use of the module cannot change.
 
-    `share`: while the caller waits, the weights need no copy where they are on the CPU, in f32.
+    `share`: while the caller waits, weights for which one file is too small are not copied where they are on
+    the CPU, in f32; a forward that writes to its weights would then write to the caller's.
     """
     import copy
 
     import torch
 
-    memo: dict[int, Any] = {}
-    for weight in module.parameters() if share else ():
+    weights, memo = list(module.parameters()), {}
+    for weight in weights if share and sum(weight.nbytes for weight in weights) >= ONE_FILE else ():
         if type(weight) is torch.nn.Parameter:
             memo[id(weight)] = torch.nn.Parameter(weight.detach(), requires_grad=False)
     try:
@@ -178,7 +179,7 @@ def eager(module: Any, names: Sequence[str]) -> Run:
     from anysize.backends.pytorch import flatten_outputs
 
     def run(feeds: Feeds) -> dict[str, Array]:
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             results = flatten_outputs(module(*(torch.from_numpy(np.array(feeds[n])) for n in names)))
         base = "output" if "output" not in names else "result"
         return {
@@ -257,7 +258,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
             return tuple(flatten_outputs(self.module(*tensors)))
 
     try:
-        with _quiet():
+        with _quiet(), torch.autocast("cpu", enabled=False):
             program = torch.export.export(Flat(), args, dynamic_shapes=(dynamic,))
             # optimize=True deletes `+ eps` for tiny eps
             exported = torch.onnx.export(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import os
 import re
-import ssl
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +22,6 @@ _CHUNK = 2**18
 #: seconds without a byte before a server is given up, and tries that brought nothing new
 _TIMEOUT, _TRIES = 30.0, 3
 _PAUSE = 1.0
-#: how a connection ends that may be tried again
-_BROKEN = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, TimeoutError, ConnectionError)
 
 
 @dataclass(frozen=True)
@@ -110,10 +104,12 @@ def home() -> Path:
     return Path(folder) / "models"
 
 
-def local(known: Known) -> Path | None:
-    """Its file, if it was fetched."""
+def local(known: Known, *, checked: bool = False) -> Path | None:
+    """Its file, if it was fetched, by its size. `checked`: by its sha256."""
     path = home() / known.file
-    return path if path.is_file() and path.stat().st_size == known.size else None
+    if not path.is_file() or path.stat().st_size != known.size:
+        return None
+    return path if not checked or _sha256(path) == known.sha256 else None
 
 
 def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -130,6 +126,8 @@ def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> P
         raise OptionError(f"{name}: not a known model; known are {', '.join(KNOWN)}")
     known = KNOWN[name]
     path = home() / known.file
+    if path.is_dir():
+        raise OptionError(f"{path}: is a folder, and the file of {name} belongs there")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -142,7 +140,10 @@ def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> P
             _download(known, part, progress)
         except BaseException:
             with suppress(OSError):  # for the next call
-                os.replace(part, f"{path}.part")
+                if part.stat().st_size:
+                    os.replace(part, f"{path}.part")
+                else:
+                    part.unlink()
             raise
         if (found := _sha256(part)) != known.sha256:
             part.unlink()
@@ -161,14 +162,18 @@ def _own_part(path: Path) -> Path:
 
     own = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     for left in (path.with_name(f"{path.name}.part"), *path.parent.glob(f"{path.name}.*-*.part")):
-        process = re.search(r"\.(\d+)-\d+\.part$", left.name)
-        if process and psutil.pid_exists(int(process[1])):
+        process = re.search(r"\.(\d{1,9})-\d+\.part$", left.name)
+        if left.is_symlink() or not left.is_file() or (process and psutil.pid_exists(int(process[1]))):
             continue
         with suppress(OSError):  # gone, or taken by another process
             os.replace(left, own)
             break
     own.touch()
     return own
+
+
+class _BrokenError(Exception):
+    """A connection that may be tried again."""
 
 
 def _download(known: Known, part: Path, progress: Callable[[int, int], None] | None) -> None:
@@ -178,14 +183,8 @@ def _download(known: Known, part: Path, progress: Callable[[int, int], None] | N
         try:
             _go_on(known, part, have, progress)
             problem = f"the connection ended after {part.stat().st_size} of {known.size} bytes"
-        except urllib.error.HTTPError as error:
-            problem = f"{error.code} {error.reason}"
-            if error.code == 416:  # it has fewer bytes than are here
-                part.write_bytes(b"")
-            elif error.code < 500:
-                raise ModelLoadError(f"{known.name}: {known.url} answers {problem}") from error
-        except _BROKEN as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
+        except _BrokenError as error:
+            problem = str(error)
         failed = failed + 1 if part.stat().st_size <= have else 0
         if failed == _TRIES:
             raise ModelLoadError(f"{known.name}: cannot be loaded from {known.url}: {problem}")
@@ -194,15 +193,36 @@ def _download(known: Known, part: Path, progress: Callable[[int, int], None] | N
 
 
 def _go_on(known: Known, part: Path, have: int, progress: Callable[[int, int], None] | None) -> None:
+    import http.client
+    import urllib.error
+    import urllib.request
+
     request = urllib.request.Request(known.url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer, part.open("r+b") as file:
+    try:
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # it has fewer bytes than are here
+            part.write_bytes(b"")
+        elif error.code < 500 and error.code not in (408, 429):
+            problem = f"{known.url} answers {error.code} {error.reason}"
+            raise ModelLoadError(f"{known.name}: {problem}") from error
+        raise _BrokenError(f"{error.code} {error.reason}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise _BrokenError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+    with answer, part.open("r+b") as file:
         # a server that knows no ranges sends it all
         begin = have if answer.status == 206 else 0
         if begin and not str(answer.headers.get("Content-Range", "")).startswith(f"bytes {begin}-"):
-            raise http.client.HTTPException("it sends another range than was asked for")
+            raise _BrokenError("it sends another range than was asked for")
         file.seek(begin)
         file.truncate()
-        while begin < known.size and (chunk := answer.read(min(_CHUNK, known.size - begin))):
+        while begin < known.size:
+            try:
+                chunk = answer.read1(min(_CHUNK, known.size - begin))
+            except (OSError, http.client.HTTPException) as error:
+                raise _BrokenError(str(error) or type(error).__name__) from error
+            if not chunk:
+                break
             file.write(chunk)
             begin += len(chunk)
             if progress is not None:

@@ -97,6 +97,8 @@ def blend_latents(
     if level is None and noise is not None:
         raise OptionError("noise needs the step's level: level=(factor of the original, factor of the noise)")
     try:
+        if not isinstance(level, (tuple, list, type(None))):
+            raise TypeError
         signal, sigma = (1.0, 0.0) if level is None else map(float, level)
     except (TypeError, ValueError):
         signal = sigma = -1.0
@@ -249,8 +251,12 @@ def _latents(name: str, value: Any, channels: int | None) -> Array:
 
 
 def _as_given(result: Array, given: Any) -> Any:
-    """An array, or a tensor of the given one's dtype on its device."""
-    return given.new_tensor(result) if hasattr(given, "new_tensor") else result
+    """An array; for a tensor one on its device, of its dtype, or float32 where that is of whole numbers."""
+    if not hasattr(given, "new_tensor"):
+        return result
+    import torch
+
+    return given.new_tensor(result, dtype=given.dtype if given.is_floating_point() else torch.float32)
 
 
 def _weights(mask: Any) -> Array:

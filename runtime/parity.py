@@ -117,6 +117,8 @@ def compare(
     export is verified at. `precision`: "f32" or "bf16". Inputs are seeded noise in the contract's value
     range. Raises what `load` raises, and `OptionError` where there is nothing to compare.
     """
+    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
+        raise OptionError(f"atol must be a number from 0, not {atol!r}")
     if precision not in ("f32", "bf16"):
         raise OptionError(f"parity compares engines in f32 or bf16, not in {precision}")
     wanted = list(backends) if backends is not None else available_backends()
@@ -132,6 +134,8 @@ def compare(
                 failed[name] = str(error)
             if not sessions and name == wanted[-1]:
                 raise
+    if sizes is not None and not len(sizes):
+        raise OptionError("no size to compare at")
     reference_name, reference = _reference(source)
     if precision == "f32" and backends is None and list(sessions) == [reference_name]:
         raise OptionError(
@@ -169,11 +173,13 @@ def _reference(source: Source) -> tuple[str, Session]:
 def _sizes(spec: ModelSpec, sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]]:
     if sizes is None:
         return verification_sizes(spec)
-    axes = [n for n in spec.dims if n not in ("n", "N")]
+    batch = getattr(spec.inputs[0].shape[0], "name", None)
+    axes = [n for n in spec.dims if n != batch]
     chosen = []
     for size in sizes:
-        if len(size) != len(axes):
-            raise OptionError(f"size {tuple(size)}: this model's free axes are {', '.join(axes) or 'none'}")
+        whole = isinstance(size, (tuple, list)) and all(isinstance(side, (int, np.integer)) for side in size)
+        if not whole or len(size) != len(axes):
+            raise OptionError(f"size {size!r}: this model's free axes are {', '.join(axes) or 'none'}")
         fixed = {n: d.ceil(1) for n, d in spec.dims.items()}
         chosen.append(fixed | dict(zip(axes, map(int, size), strict=True)))
         spec.bind(spec.input_shapes(chosen[-1]))

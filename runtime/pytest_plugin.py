@@ -24,7 +24,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, which sees to `parametrize`
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    definitions = metafunc._arg2fixturedefs.get("backend", ())
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    names = {name.strip() for one in given for name in (one.split(",") if isinstance(one, str) else one)}
+    definitions = () if "backend" in names else metafunc._arg2fixturedefs.get("backend", ())
     if definitions and definitions[-1].func.__module__ == __name__:
         from anysize.backends import describe_backends
 

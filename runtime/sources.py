@@ -82,15 +82,13 @@ def source_format(source: Source) -> str:
 
 def located(source: Source) -> Source:
     """The file of known weights that are named; anything else as it is. Raises `ModelLoadError`."""
-    if not isinstance(source, str) or source in BUNDLED or Path(source).exists():
-        return source
     from anysize.models.registry import KNOWN, local
 
-    if source not in KNOWN:
+    if not isinstance(source, str) or source not in KNOWN or Path(source).exists():
         return source
-    file = local(KNOWN[source])
+    file = local(KNOWN[source], checked=True)
     if file is None:
-        raise ModelLoadError(f"{source} is not here yet; fetch it with: anysize models get {source}")
+        raise ModelLoadError(f"{source} is not here, or damaged; fetch it with: anysize models get {source}")
     return file
 
 

@@ -7,10 +7,12 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from anysize.backends.errors import OptionError, ShapeError
 from anysize.backends.pytorch import flatten_outputs
@@ -23,6 +25,9 @@ from torch.utils import _pytree as pytree
 
 #: a side that all factors of autoencoders divide
 _LARGE = 2048
+#: the sides at which a model is held against its session, and how far a session of it may be off: in bf16 or
+#: int8 by some hundredths, with other weights by much more
+_PROBED, _SAME_MODEL = (1, 17), 0.1
 #: methods of models of diffusers that save or change weights or layers, which a stand-in has not
 _REFUSED = re.compile("save_pretrained|push_to_hub|enable_freeu|qkv_projections|attn_proc|adapter|lora")
 
@@ -39,10 +44,10 @@ class SessionModule(torch.nn.Module):
         """`dtype`: what hosts that ask for the module's are told."""
         super().__init__()
         self.session = session
-        self.placeholder = _placeholder(dtype)
+        self.anysize_placeholder = _placeholder(dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SessionModule:
-        return SessionModule(self.session, self.placeholder.dtype)
+        return SessionModule(self.session, self.anysize_placeholder.dtype)
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         names = [t.name for t in self.session.spec.inputs]
@@ -63,6 +68,9 @@ def module(session: Session | Mapping[str, Session], like: torch.nn.Module | Non
             raise OptionError(f"as_module takes sessions, as load() makes them, not {type(one).__name__}")
     if like is not None and not isinstance(like, torch.nn.Module):
         raise OptionError(f"like is the model, a torch.nn.Module, not {type(like).__name__}")
+    like = getattr(like, "_orig_mod", like)  # of torch.compile
+    if isinstance(like, torch.jit.ScriptModule):
+        raise OptionError("like is the model as it was before torch.jit.script or trace")
     recipes = None if like is None else recipes_of(like)
     if like is not None and recipes is not None:
         return _of_parts(session, like, recipes)
@@ -77,24 +85,47 @@ def _of_one(session: Session, like: torch.nn.Module) -> torch.nn.Module:
     signature = inspect.signature(type(like).forward.__get__(like))
     if others := [name for name in names if name not in signature.parameters]:
         raise OptionError(f"the session takes {', '.join(others)}, and {kind}'s forward does not")
-    sizes = {name: clip(dim, 1) for name, dim in session.spec.dims.items()}
+    original = private_copy(like, share=True)
+    first, last = (_empty_result(original, session, side) for side in _PROBED)
+    if first != last:
+        raise OptionError(f"what {kind} returns beside tensors depends on the input: {first}, {last}")
+    twin = copy.deepcopy(like, {id(parameter): None for parameter in like.parameters()})
+    for name, module in twin.named_modules():
+        if name and any(True for _ in like.get_submodule(name).parameters(recurse=False)):
+            module.forward = partial(_refuse, kind, f"{name}.forward")
+    twin.anysize_placeholder = _placeholder(_dtype(like))
+    twin.forward = _Arguments(session, signature, first)
+    _without_hooks(twin)
+    return twin
+
+
+def _empty_result(original: torch.nn.Module, session: Session, side: int) -> Any:
+    """What the model returns, without its tensors; which have to be those of the session."""
+    kind, sizes = type(original).__name__, {name: clip(dim, side) for name, dim in session.spec.dims.items()}
     feeds = random_feeds(session.spec, sizes)
     try:
-        with torch.inference_mode():
-            given = {name: torch.from_numpy(array) for name, array in feeds.items()}
-            result = private_copy(like, share=True)(**given)
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            result = original(**{name: torch.from_numpy(array) for name, array in feeds.items()})
     except Exception as error:  # whatever the module raises
-        raise OptionError(
-            f"the session is not of this {kind}, which does not run at {sizes}: {error}"
-        ) from error
-    found = [tuple(tensor.shape) for tensor in flatten_outputs(result)]
-    wanted = list(session.spec.output_shapes(sizes).values())
-    if found != wanted:
-        raise OptionError(f"the session is not of this {kind}: at {sizes} it gives {wanted}, not {found}")
-    twin = copy.deepcopy(like, {id(parameter): None for parameter in like.parameters()})
-    twin.placeholder = _placeholder(_dtype(like))
-    twin.forward = _Arguments(session, signature, _emptied(result))
-    return twin
+        text = f"the session is not of this {kind}, which does not run at {sizes}: {error}"
+        raise OptionError(text) from error
+    want = [tensor.numpy().astype(np.float64) for tensor in flatten_outputs(result)]
+    got = [array.astype(np.float64) for array in session.run(feeds).values()]
+    shapes = [[array.shape for array in arrays] for arrays in (got, want)]
+    text = f"the session is not of this {kind}: at {sizes} it "
+    if shapes[0] != shapes[1]:
+        raise OptionError(f"{text}gives {shapes[0]}, not {shapes[1]}")
+    for a, b in zip(got, want, strict=True):
+        off = float(np.abs(a - b).max()) / max(1.0, float(np.abs(b).max()))
+        if not off <= _SAME_MODEL:
+            raise OptionError(f"{text}is off by {off:.2g} of the largest value")
+    return _emptied(result, len(want))
+
+
+def _without_hooks(module: torch.nn.Module) -> None:
+    """They run in the session, with the module that it was made from."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        hooks.clear()
 
 
 def _of_parts(
@@ -121,7 +152,9 @@ def _of_parts(
     dtype = _dtype(like)
     for name, session in sessions.items():
         first, *others = (twin.get_submodule(step) for step in replaced[name])
-        first.placeholder = _placeholder(dtype)
+        first.anysize_placeholder = _placeholder(dtype)
+        for step in (first, *others):
+            _without_hooks(step)
         for step in others:
             step.forward = _same
         if recipes[name].chain:
@@ -180,9 +213,19 @@ class _Arguments(_Step):
         for name, value in self.signature.bind(*args, **kwargs).arguments.items():
             if name in names:
                 tensors[name] = value
-            elif value is not self.signature.parameters[name].default:
+            elif not _equal(value, self.signature.parameters[name].default):
                 raise OptionError(f"'{name}' is given, and the session takes {', '.join(sorted(names))}")
         return _filled(self.result, iter(_run(self.session, _tensors(self.session, tensors))))
+
+
+def _equal(value: Any, default: Any) -> bool:
+    return value is default or (
+        isinstance(value, _PLAIN) and type(value) is type(default) and value == default
+    )
+
+
+#: what a result may hold beside its tensors
+_PLAIN = (type(None), bool, int, float, str, Enum)
 
 
 class _Here:
@@ -192,9 +235,21 @@ class _Here:
 _HERE = _Here()
 
 
-def _emptied(result: Any) -> Any:
-    """A result without its tensors."""
-    return _mapped(lambda leaf: _HERE if isinstance(leaf, torch.Tensor) else leaf, result)
+def _emptied(result: Any, count: int) -> Any:
+    """A result of so many tensors without them. Raises `OptionError` where it could not be filled again."""
+    leaves: list[Any] = []
+
+    def empty(leaf: Any) -> Any:
+        leaves.append(_HERE if isinstance(leaf, torch.Tensor) else leaf)
+        return leaves[-1]
+
+    emptied = _mapped(empty, result)
+    for leaf in leaves:
+        if leaf is not _HERE and not isinstance(leaf, _PLAIN):
+            raise OptionError(f"results in a {type(leaf).__name__} cannot be put together again")
+    if leaves.count(_HERE) != count:
+        raise OptionError("the tensors of the result cannot be put together again")
+    return emptied
 
 
 def _filled(result: Any, tensors: Iterator[torch.Tensor]) -> Any:
@@ -207,8 +262,10 @@ def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
     def leaf(value: Any) -> Any:
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return change(value)
-        fields = {f.name: _mapped(change, getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **fields)
+        made = copy.copy(value)
+        for field in dataclasses.fields(value):  # as they are, frozen or not, and no `__post_init__`
+            object.__setattr__(made, field.name, _mapped(change, getattr(value, field.name)))
+        return made
 
     return pytree.tree_map(leaf, result)
 
@@ -293,14 +350,21 @@ def _tensors(session: Session, given: Mapping[str, Any]) -> dict[str, torch.Tens
 
 
 def _run(session: Session, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    if torch._C._get_tracing_state() is not None:
+        raise OptionError("a session cannot be traced: its result would be a constant")
     outputs = session.run({name: _to_numpy(tensor) for name, tensor in tensors.items()})
-    like = next(iter(tensors.values()))
+    like = next((t for t in tensors.values() if t.is_floating_point()), next(iter(tensors.values())))
     return tuple(_like(torch.from_numpy(outputs[t.name]), like) for t in session.spec.outputs)
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    try:
+        tensor = tensor.detach().cpu().resolve_neg().resolve_conj()
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, quantised, without numbers
+        raise ShapeError(
+            "input", None, f"{tensor.layout} {tensor.dtype}", f"must be dense ({error})"
+        ) from error
 
 
 def _like(result: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

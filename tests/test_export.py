@@ -218,6 +218,7 @@ def test_weights_beyond_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_is_exported_is_not_held_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("anysize.exporters.exporting.ONE_FILE", 1000)
     module = toys.Convolution()
     seen = []
     probe = anysize.exporters.exporting.probe_module

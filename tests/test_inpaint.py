@@ -138,9 +138,24 @@ def test_blending_at_a_step_of_diffusers_schedulers() -> None:
     got = blend_latents(original, torch.from_numpy(new).half(), mask)
     assert got.dtype == torch.float16
     np.testing.assert_allclose(got, (1 - mask) * original + mask * new, atol=1e-2)
+    whole = torch.full((2, 4, 5, 7), 3)
+    got = blend_latents(original, whole, mask)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, (1 - mask) * original + mask * 3, atol=1e-5)
     with pytest.raises(OptionError, match="noise needs the step's level"):
         blend_latents(original, new, mask, noise=noise)
-    for level in (1.0, (1,), (1, 2, 3), ("a", "b"), (np.nan, 0), (np.inf, 0), (1, np.nan), (-1, 0)):
+    for level in (
+        1.0,
+        "12",
+        {1, 2},
+        (1,),
+        (1, 2, 3),
+        ("a", "b"),
+        (np.nan, 0),
+        (np.inf, 0),
+        (1, np.nan),
+        (-1, 0),
+    ):
         with pytest.raises(OptionError, match="level is two factors"):
             blend_latents(original, new, mask, noise=noise, level=level)
     for values in (mask * 255, mask - 2, mask * np.nan):

@@ -7,8 +7,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def test_a_backend_that_refuses_is_a_finding(toybox: ToyBox) -> None:
     report = anysize.compare(file, backends=["torch", "openvino"])
     assert not report.ok
     assert "'torch' takes module" in report.rows[-1].error
-    for arguments in ({"backends": []}, {"sizes": [(1, 2, 3)]}):
+    for arguments in (
+        {"backends": []},
+        {"sizes": []},
+        *({"sizes": [size]} for size in ((1, 2, 3), 5, "ab", (5.7, 6))),
+        *({"atol": atol} for atol in ("x", -1, float("nan"), float("inf"))),
+    ):
         with pytest.raises(anysize.OptionError):
             anysize.compare(file, **arguments)
     with pytest.raises(ShapeError):
@@ -151,6 +157,74 @@ def test_module_like_the_original(backend: str, tmp_path: Path) -> None:
         module(image, 3)
 
 
+@dataclass(frozen=True)
+class Late:
+    y: torch.Tensor
+    twice: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "twice", self.y * 2)
+
+
+class Returns(torch.nn.Module):
+    """A convolution, and what is made of its result."""
+
+    def __init__(self, put: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.put = put
+
+    def forward(self, x: torch.Tensor, scale: float = 1.5) -> Any:
+        return self.put(self.conv(x) * scale)
+
+
+class Own(dict):
+    """PyTorch does not look into it."""
+
+
+def test_results_are_the_sessions_or_refused() -> None:
+    x = torch.rand(1, 3, 6, 5)
+    original = Returns(Late).eval()
+    original.register_forward_hook(lambda module, given, made: Late(made.y + 1))
+    module = anysize.as_module(anysize.load(original, backend="torch"), like=original)
+    with torch.no_grad():
+        got, want = module(x, scale=float("1.5")), original(x)
+    torch.testing.assert_close(got.y, want.y)  # the hook ran once
+    torch.testing.assert_close(got.twice, want.twice)
+    with pytest.raises(OptionError, match="'scale' is given"):
+        module(x, 2.0)
+    with pytest.raises(OptionError, match=r"conv.forward: an engine runs this Returns; its weights"):
+        module.conv(x)
+    with pytest.raises(OptionError, match="a session cannot be traced"):
+        torch.jit.trace(module, x)
+    for wrong in (x.to_sparse(), x.to("meta")):
+        with pytest.raises(ShapeError, match="must be dense"):
+            module(wrong)
+    for put, reason in (
+        (lambda y: Own(y=y), "results in a Own cannot be put together again"),
+        (lambda y: (y, {1, 2}), "results in a set cannot be put together again"),
+        (lambda y: {"y": y, "size": y.shape[-1]}, "returns beside tensors depends on the input"),
+    ):
+        made = Returns(put).eval()
+        with pytest.raises(OptionError, match=reason):
+            anysize.as_module(anysize.load(made, backend="torch"), like=made)
+    other = Returns(Late).eval()
+    torch.nn.init.normal_(other.conv.weight)
+    with pytest.raises(
+        OptionError, match=r"not of this Returns: at .* it is off by \S+ of the largest value"
+    ):
+        anysize.as_module(module.forward.session, like=other)
+
+
+def test_a_hosts_autocast_does_not_change_what_is_loaded(backend: str) -> None:
+    original, x = toys.EncoderDecoder().eval(), torch.rand(1, 3, 8, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        session = anysize.load(original, backend=backend)
+    with torch.no_grad():
+        np.testing.assert_allclose(session(x.numpy()), original(x).numpy(), atol=1e-5)
+
+
 def test_a_module_that_is_not_like_the_session(toybox: ToyBox) -> None:
     session = toybox.session("Nearest", ENGINES[0], scale=2)
     for other, reason in (
@@ -214,6 +288,10 @@ def test_each(backend):
 def test_own_parameters(backend):
     assert backend == "mine"
 
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_chosen(backend):
+    assert backend == "torch"
+
 def test_parity():
     anysize.assert_parity("default", sizes=[(9, 8)], atol=0)
 """
@@ -227,7 +305,9 @@ def test_parity():
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     passed = re.findall(r"::(\S+) PASSED", done.stdout)
     names = [f"test_each[{name}]" for name in ENGINES]
-    assert sorted(passed) == sorted([*names, "test_own_parameters[mine]", "test_fixture"]), done.stdout
+    assert sorted(passed) == sorted(
+        [*names, "test_own_parameters[mine]", "test_chosen[torch]", "test_fixture"]
+    ), done.stdout
     assert re.search(r"E +FAIL \w+ f32 1x9x8: max\|d\| \S+, PSNR \S+ dB, worst at output\[", done.stdout)
     assert "def compare" not in done.stdout
 

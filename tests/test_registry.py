@@ -68,6 +68,10 @@ class Handler(BaseHTTPRequestHandler):
             body = b""
         elif fault == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
+        elif fault == "stall":
+            self.wfile.write(body[:200_000])
+            time.sleep(0.4)
+            return
         elif fault == "slow":
             for i in range(0, len(body), 2**14):
                 self.wfile.write(body[i : i + 2**14])
@@ -107,7 +111,7 @@ def kept() -> list[str]:
 
 
 def test_fetched_once_and_loaded_by_name(server: Server, weights: bytes) -> None:
-    with pytest.raises(ModelLoadError, match=f"not here yet; fetch it with: anysize models get {NAME}"):
+    with pytest.raises(ModelLoadError, match=f"here, or damaged; fetch it with: anysize models get {NAME}"):
         anysize.load(NAME)
     steps: list[tuple[int, int]] = []
     path = fetch(NAME, progress=lambda *step: steps.append(step))
@@ -141,6 +145,15 @@ def test_goes_on_where_it_stopped(server: Server, weights: bytes, faults: list[s
     assert len([asked for asked in server.asked if asked]) == ranges
 
 
+def test_what_came_before_a_stall_is_kept(
+    server: Server, weights: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_TIMEOUT", 0.1)
+    server.faults = ["stall"] * 3
+    assert fetch(NAME).read_bytes() == weights
+    assert server.asked == [None, *(f"bytes={n}-" for n in (200_000, 400_000, 600_000))]
+
+
 def test_a_later_call_goes_on(server: Server, weights: bytes) -> None:
     server.faults = ["truncate", "nothing", "nothing", "nothing"]
     half = len(weights) // 2
@@ -160,6 +173,8 @@ def test_wrong_bytes_are_deleted(server: Server, weights: bytes) -> None:
     assert kept() == []
     path = fetch(NAME)
     path.write_bytes(weights[:-1] + b"?")  # damaged later
+    with pytest.raises(ModelLoadError, match="not here, or damaged"):
+        anysize.load(NAME)
     assert fetch(NAME).read_bytes() == weights
 
 
@@ -174,6 +189,11 @@ def test_errors_are_one_line(server: Server, monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ModelLoadError, match=r"cannot be loaded from .*: .*refused") as offline:
         fetch(NAME)
     assert "\n" not in str(offline.value)
+    registry.home().mkdir(exist_ok=True, parents=True)
+    assert kept() == []
+    (registry.home() / "weights.pth").mkdir()
+    with pytest.raises(OptionError, match=r"weights\.pth: is a folder"):
+        fetch(NAME)
     (tmp_path / "file").touch()
     monkeypatch.setenv("ANYSIZE_HOME", str(tmp_path / "file"))
     with pytest.raises(OptionError, match="cannot be written"):

@@ -47,6 +47,8 @@ acceptance: build/.dev-$(FILES)
 
 build/.%-$(FILES): pyproject.toml constraints.txt | .venv
 	$(INSTALL) -e ".[$*]"
+# spandrel asks for torchvision, which does not load beside every build of PyTorch, and then breaks others too
+	@test $* != dev || $(INSTALL) --no-deps spandrel einops
 	@mkdir -p build && touch $@
 
 .venv:

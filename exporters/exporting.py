@@ -239,7 +239,8 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     from anysize.backends.pytorch import flatten_outputs
 
     # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
-    sizes = {n: clip(d, 2 if i == 0 else 7 + 14 * i) for i, (n, d) in enumerate(spec.dims.items())}
+    batch = _batch(spec)
+    sizes = {n: clip(d, 2 if n == batch else 7 + 14 * i) for i, (n, d) in enumerate(spec.dims.items())}
     shapes = spec.input_shapes(sizes)
     args = tuple(torch.full(shapes[t.name], 0.5).to(getattr(torch, t.dtype.name)) for t in spec.inputs)
     auto = torch.export.Dim.AUTO
@@ -358,7 +359,7 @@ def _quiet() -> Iterator[None]:
 
 def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
     """Valid sizes not used in the export: the lower bound, two non-square ones, one with a batch."""
-    spatial = [n for i, n in enumerate(spec.dims) if i > 0]
+    spatial = [n for n in spec.dims if n != _batch(spec)]
     wanted = [
         dict.fromkeys(spec.dims, 1),
         dict(zip(spatial, (29, 23, 31, 37), strict=False)),
@@ -373,9 +374,15 @@ def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
     return chosen
 
 
+def _batch(spec: ModelSpec) -> str:
+    """The name of the batch axis; "" where batches have a fixed size."""
+    first = spec.inputs[0].shape
+    return first[0].name if len(first) > 1 and isinstance(first[0], Dim) else ""
+
+
 def sizes_near(spec: ModelSpec, side: int) -> dict[str, int]:
     """Valid sizes of the free axes: the batch its least, all others about `side`."""
-    batch = getattr(spec.inputs[0].shape[0], "name", "")
+    batch = _batch(spec)
     return {n: d.min if n == batch else d.floor(max(side, d.min)) for n, d in spec.dims.items()}
 
 

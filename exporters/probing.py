@@ -18,7 +18,7 @@ from anysize.backends.errors import ExportError
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
 from anysize.exporters.radius import Run, measure_radius
 
-#: the inputs; of their free axes (`Dim`) no more is known than the name
+#: the inputs; of their free axes (`Dim`), which sizes are worth a try
 Templates = Sequence[TensorSpec]
 
 _BASES = tuple(dict.fromkeys((16, 32, 64, 24, 48, 96, 128, 224, 256, 512, *range(1, 130))))
@@ -47,6 +47,7 @@ def probe(
 class _Probe:
     def __init__(self, run: Run, templates: Templates, value_range: tuple[float, float]) -> None:
         self.run, self.templates, self.value_range = run, templates, value_range
+        self.hints = {s.name: s for t in templates for s in t.shape if isinstance(s, Dim)}
         self.names = list(dict.fromkeys(name for t in templates for name in _free(t)))
         first_axes = {t.shape[0].name for t in templates if len(t.shape) > 1 and isinstance(t.shape[0], Dim)}
         self.batch = [n for n in self.names if n in first_axes]
@@ -75,6 +76,8 @@ class _Probe:
         """Output shapes (as arrays of ints) at these sizes, or None where the model does not work."""
         full = self.complete(sizes)
         if full is None:
+            return None
+        if not all(dim.allows(full[name]) for name, dim in self.hints.items()):
             return None
         key = tuple(full[n] for n in self.names)
         if key not in self.seen:
@@ -113,7 +116,10 @@ class _Probe:
         inputs = tuple(replace(t, shape=_repeats_as_rules(t.shape, seen)) for t in inputs)
         spec = ModelSpec(inputs, outputs, self.value_range)
         if radius and spec.scale is not None:
-            reach = measure_radius(self.run, spec, self.rng)
+            try:
+                reach = measure_radius(self.run, spec, self.rng)
+            except Exception:  # it takes squares of a size, but no strips that long: then nothing is known
+                reach = None
             spec = replace(spec, radius=reach, tileable=reach is not None)
         return spec
 
@@ -184,12 +190,16 @@ class _Probe:
         if name in self.batch:
             sizes = [s for s in (1, 2, 3) if works(s)]
             return Dim(name, min=sizes[0], max=None if 3 in sizes else sizes[-1])
+        hint = self.hints[name]
+        enough = 3 if hint.multiple_of == 1 else 2
         for limit in _SCAN_LIMITS:
             valid = [s for s in range(1, limit + 1) if works(s)]
             tail = [s for s in valid if s > limit // 2]
             multiple = math.gcd(*tail) if tail else 0
-            # Three in the upper half show the step; every multiple there must be one of them.
-            if len(tail) >= 3 and tail == [s for s in range(limit // 2 + 1, limit + 1) if s % multiple == 0]:
+            # Three in the upper half show the step, or two one that was declared; every multiple there that
+            # is worth a try must be one of them.
+            tried = [s for s in range(limit // 2 + 1, limit + 1) if hint.allows(s)]
+            if len(tail) >= enough and tail == [s for s in tried if s % multiple == 0]:
                 break
         else:
             raise ExportError(f"axis '{name}': the sizes that work follow no rule: {valid or 'none'}")

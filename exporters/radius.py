@@ -115,6 +115,8 @@ class _Reach:
                     result[axis] = None
                 else:
                     result[axis] = max(before, at[axis] - first, last - at[axis])
+            if all(found is None for found in result.values()):
+                return result
         if nan_was_enough:
             self.values = (np.nan,)
         return result

@@ -1,6 +1,17 @@
 """Architectures, weights files and the bundled model."""
 
+from anysize.models.community import described, is_descriptor
 from anysize.models.diffusion import is_checkpoint, parts, recipes_of
 from anysize.models.weights import BUNDLED, Weights, bundled_file, load_weights
 
-__all__ = ["BUNDLED", "Weights", "bundled_file", "is_checkpoint", "load_weights", "parts", "recipes_of"]
+__all__ = [
+    "BUNDLED",
+    "Weights",
+    "bundled_file",
+    "described",
+    "is_checkpoint",
+    "is_descriptor",
+    "load_weights",
+    "parts",
+    "recipes_of",
+]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anysize.backends.errors import BackendUnavailableError, ModelLoadError
+from anysize.models.community import installed, recognise
 
 StateDict = Mapping[str, Any]
 
@@ -34,7 +35,9 @@ class Weights:
 
 
 def load_weights(path: Path) -> Weights:
-    """Load `.pth`, `.pt` (tensors only, no code is run) or `.safetensors` into the module they belong to.
+    """Load `.pth`, `.pt`, `.ckpt` (tensors only, no code is run) or `.safetensors` into their module.
+
+    It is one of this package, or where spandrel is installed one of those that spandrel recognises.
 
     Raises `ModelLoadError` naming what was found, `BackendUnavailableError` where torch is missing.
     """
@@ -46,11 +49,25 @@ def load_weights(path: Path) -> Weights:
             "them on other engines",
             name="torch",
         ) from error
-    state = _state_dict(_read(path), path)
+    loaded = _read(path)
+    try:
+        module = _own(loaded, path)
+        architecture = type(module).__name__
+    except ModelLoadError as error:
+        module = _communitys(loaded, error)
+        architecture = module.architecture
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    module = module.float().eval().requires_grad_(False)
+    return Weights(module, architecture, module.in_channels, sha256)
+
+
+def _own(loaded: Any, path: Path) -> Any:
+    """A module of this package. Raises `ModelLoadError`."""
+    state = _state_dict(loaded, path)
     module = None
-    for recognise in (_compact, _rrdbnet, _animegan):
+    for known in (_compact, _rrdbnet, _animegan):
         try:
-            module = module or recognise(state, path)
+            module = module or known(state, path)
         except (ZeroDivisionError, ValueError, RuntimeError) as error:
             raise ModelLoadError(f"{path}: {_describe(state)} has impossible sizes: {error}") from error
     if module is None:
@@ -60,9 +77,23 @@ def load_weights(path: Path) -> Weights:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelLoadError(f"{path}: looks like {type(module).__name__}, but {reason}") from error
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    module = module.float().eval().requires_grad_(False)
-    return Weights(module, type(module).__name__, module.in_channels, sha256)
+    return module
+
+
+def _communitys(loaded: Any, problem: ModelLoadError) -> Any:
+    """A module of spandrel's, for what is none of this package's; `problem` says why not."""
+    if not isinstance(loaded, Mapping):
+        raise problem
+    if not installed():
+        more = 'over 40 more architectures load with: pip install "anysize[archs]"'
+        raise ModelLoadError(f"{problem}; {more}") from problem
+    try:
+        module = recognise(loaded)
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{problem}; spandrel: {error}") from error
+    if module is None:
+        raise ModelLoadError(f"{problem}, and spandrel does not know it either") from problem
+    return module
 
 
 def _read(path: Path) -> Any:

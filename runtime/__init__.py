@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from anysize.backends.registry import available_backends
     from anysize.backends.spec import Dim, ModelSpec, Rule, TensorSpec
     from anysize.batch import upscale_file
+    from anysize.departure import BisectReport, bisect
     from anysize.guard import Stats
     from anysize.models.diffusion import parts
     from anysize.parity import ParityReport, assert_parity, compare
@@ -60,6 +61,7 @@ _HOMES = {
     "backends.registry": "available_backends",
     "backends.spec": "Dim ModelSpec Rule TensorSpec",
     "batch": "upscale_file",
+    "departure": "BisectReport bisect",
     "guard": "Stats",
     "models.diffusion": "parts",
     "parity": "ParityReport assert_parity compare",
@@ -111,6 +113,7 @@ __all__ = [
     "AnysizeError",
     "BackendNotFoundError",
     "BackendUnavailableError",
+    "BisectReport",
     "Cancelled",
     "Dim",
     "ExecutionError",
@@ -141,6 +144,7 @@ __all__ = [
     "assert_parity",
     "available_backends",
     "backends",
+    "bisect",
     "bucket_batch",
     "compare",
     "exporters",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from anysize.backends import ModelSpec, available_backends
 from anysize.backends.base import Array
-from anysize.backends.errors import AnysizeError, ModelLoadError, OptionError
+from anysize.backends.errors import AnysizeError, ExportError, ModelLoadError, OptionError
 from anysize.exporters.exporting import random_feeds, verification_sizes
 from anysize.session import Session, load
 from anysize.sources import Source
@@ -129,6 +129,8 @@ def compare(
     for name in wanted:
         try:
             sessions[name] = load(source, backend=name, precision=precision)
+        except ExportError as error:  # it cannot be converted for this engine
+            failed[name] = str(error)
         except ModelLoadError as error:
             if backends is not None:  # asked for by name, so its refusal is a finding
                 failed[name] = str(error)
@@ -137,11 +139,11 @@ def compare(
     if sizes is not None and not len(sizes):
         raise OptionError("no size to compare at")
     reference_name, reference = _reference(source)
-    if precision == "f32" and backends is None and list(sessions) == [reference_name]:
+    if precision == "f32" and backends is None and not failed and list(sessions) == [reference_name]:
         raise OptionError(
             f"only {reference_name} takes this model here: a second engine is needed to compare"
         )
-    chosen = _sizes(reference.spec, sizes)
+    chosen = chosen_sizes(reference.spec, sizes)
     rows = []
     for size in chosen:
         feeds = random_feeds(reference.spec, size)
@@ -170,7 +172,11 @@ def _reference(source: Source) -> tuple[str, Session]:
     raise problem
 
 
-def _sizes(spec: ModelSpec, sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]]:
+def chosen_sizes(spec: ModelSpec, sizes: Sequence[tuple[int, int]] | None) -> list[dict[str, int]]:
+    """These sizes of the axes after the batch, or by default those that an export is verified at.
+
+    Raises `OptionError`, `ShapeError`.
+    """
     if sizes is None:
         return verification_sizes(spec)
     batch = getattr(spec.inputs[0].shape[0], "name", None)

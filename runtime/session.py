@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
-from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec
+from anysize.backends import Backend, EngineOptions, ModelSpec, TensorSpec, get_backend
 from anysize.backends.base import Array, Feeds
 from anysize.backends.cache import Cache
 from anysize.backends.errors import (
     AnysizeError,
     BackendUnavailableError,
     ExecutionError,
+    ExportError,
     IntegrityError,
     NotStreamable,
     OptionError,
@@ -140,10 +141,11 @@ def load(
 ) -> Session:
     """Open a model on an engine.
 
-    `source`: path of a .pth, .pt, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW image in;
-    export others; its `value_range` tells its image values where they are not in 0..1), or "default", the
-    bundled x4 model. `backend`: a name, a `Backend` instance, or "auto":
-    the fastest installed engine that takes the source. `precision`: "f32" or "bf16"; the engine is told,
+    `source`: path of a .pth, .pt, .ckpt, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW
+    image in; export others; its `value_range` tells its image values where they are not in 0..1), a model
+    that spandrel loaded, or "default", the bundled x4 model. `backend`: a name, a `Backend` instance, or
+    "auto": the fastest installed engine that takes the source; PyTorch, with a note in `stats.fallbacks`,
+    where a module cannot be converted for it. `precision`: "f32" or "bf16"; the engine is told,
     and asked what it runs; "auto": bf16 where the engine has it and is within 50 dB of f32 on a picture of
     noise, else f32 (an `Upscaler` asks the picture itself); "int8": on OpenVINO, calibrated on
     `Options.calibration`, and refused where that is not close enough to f32. `options`: an `Options` or a
@@ -190,7 +192,15 @@ def load(
         try:
             engine = choose_backend(source, engine_name)
             engine_options = EngineOptions(wanted, settings.device, settings.threads, cache=kept)
-            model = open_source(source, engine, kept)
+            try:
+                model = open_source(source, engine, kept)
+            except ExportError as error:  # PyTorch runs what it cannot convert
+                if engine_name != "auto" or "module" in engine.formats:
+                    raise
+                skipped.append(f"{engine.name}:{wanted}: {error}")
+                log.warning("fallback: %s", skipped[-1])
+                engine = get_backend("torch")
+                model = open_source(source, engine, kept)
             live = settings.max_live or LIVE
             guards.append(ShapeGuard(engine, model, engine_options, settings.shapes, live))
         except (BackendUnavailableError, OptionError) as error:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -35,7 +35,16 @@ from anysize.backends.errors import (
     ModelLoadError,
     OptionError,
 )
-from anysize.models import BUNDLED, bundled_file, is_checkpoint, load_weights, parts, recipes_of
+from anysize.models import (
+    BUNDLED,
+    bundled_file,
+    described,
+    is_checkpoint,
+    is_descriptor,
+    load_weights,
+    parts,
+    recipes_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +53,7 @@ if TYPE_CHECKING:
 else:
     Source = object
 
-WEIGHTS = (".pth", ".pt", ".safetensors")
+WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 #: suffix -> format of files that engines read themselves
 GRAPHS = {".onnx": "onnx", ".xml": "xml", ".param": "ncnn"}
 #: channels of the image input tried on a bare module
@@ -81,9 +90,14 @@ def source_format(source: Source) -> str:
 
 
 def located(source: Source) -> Source:
-    """The file of known weights that are named; anything else as it is. Raises `ModelLoadError`."""
+    """The file of known weights that are named, the module of what spandrel loaded; all else as it is.
+
+    Raises `ModelLoadError`.
+    """
     from anysize.models.registry import KNOWN, local
 
+    if is_descriptor(source):
+        return described(source)
     if not isinstance(source, str) or source not in KNOWN or Path(source).exists():
         return source
     file = local(KNOWN[source], checked=True)
@@ -156,22 +170,36 @@ def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
     """A weights file: probed once, and converted once (without torch after that) for engines of graphs."""
     direct = "module" in backend.formats
     sha256 = _file_sha256(path)
-    # all that the contract, the conversion and its verification follow from
-    made_by = [f"{name} {version_of(name)}" for name in ("torch", "onnx", "onnxscript")]
-    made_by += [] if direct else [f"{backend.name} {backend.version}"]
-    key = ("contract" if direct else "converted", sha256, path.suffix.lower(), *made_by)
-    known = cache.get(*key) if cache is not None else None
-    if known is not None and direct:
-        weights = load_weights(path)
-        if weights.sha256 == sha256:  # not another file since
-            return Model("module", weights.module, ModelSpec.from_json(known.decode()))
-    elif known is not None:
-        model = Model("onnx", known)
-        return replace(model, spec=ModelSpec.from_json(backend.metadata(model)[SPEC_KEY]))
-    model = _from_module(path, backend)
-    assert model.spec is not None
-    if cache is not None and model.spec.source_sha256 == sha256:
-        cache.put(model.spec.to_json().encode() if direct else model.data, *key)
+    # all that the contract follows from; with the engine, also the conversion and its verification
+    made_by = [f"{name} {version_of(name)}" for name in ("torch", "onnx", "onnxscript", "spandrel")]
+    of_file = (sha256, path.suffix.lower(), *made_by)
+    of_engine = (*of_file, f"{backend.name} {backend.version}")
+    if cache is not None and not direct:
+        if (data := cache.get("converted", *of_engine)) is not None:
+            model = Model("onnx", data)
+            return replace(model, spec=ModelSpec.from_json(backend.metadata(model)[SPEC_KEY]))
+        if (reason := cache.get("refused", *of_engine)) is not None:
+            raise ExportError(reason.decode())
+    weights = load_weights(path)
+    if weights.sha256 != sha256:  # another file since
+        cache = None
+    known = cache.get("contract", *of_file) if cache is not None else None
+    if known is not None:
+        spec = ModelSpec.from_json(known.decode())
+    else:
+        spec = replace(_contract(weights.module, (weights.in_channels,)), source_sha256=weights.sha256)
+        if cache is not None:
+            cache.put(spec.to_json().encode(), "contract", *of_file)
+    if direct:
+        return Model("module", weights.module, spec)
+    try:
+        model = _converted(weights.module, spec, backend)
+    except ExportError as error:
+        if cache is not None:
+            cache.put(str(error).encode(), "refused", *of_engine)
+        raise
+    if cache is not None:
+        cache.put(model.data, "converted", *of_engine)
     return model
 
 
@@ -192,46 +220,75 @@ def _file_sha256(path: Path) -> str:
 
 
 def _from_module(source: Any, backend: Backend) -> Model:
-    from anysize.exporters.exporting import (
-        ONE_FILE,
-        declared_inputs,
-        private_copy,
-        probe_module,
-        to_onnx,
-        verify,
-    )
+    module, spec = _probed(source)
+    if "module" in backend.formats:
+        return Model("module", module, spec)
+    return _converted(module, spec, backend)
+
+
+def _probed(source: Any) -> tuple[Any, ModelSpec]:
+    """The module of a source, which nobody else changes, and its contract."""
+    from anysize.exporters.exporting import private_copy
 
     if is_module(source) or Path(source).is_dir():
-        module, sha256 = private_copy(_only_part(source)), ""
-        channels: tuple[int, ...] = _CHANNELS
-    else:
-        weights = load_weights(Path(source))
-        module, sha256, channels = weights.module, weights.sha256, (weights.in_channels,)
-    direct = "module" in backend.formats
-    if not direct and sum(weight.nbytes for weight in module.parameters()) > ONE_FILE:
-        raise ModelLoadError("this model is too large to convert on the fly; export it to a file first")
-    spec: ModelSpec | None = None
+        module = private_copy(_only_part(source))
+        return module, _contract(module, _CHANNELS)
+    weights = load_weights(Path(source))
+    spec = _contract(weights.module, (weights.in_channels,))
+    return weights.module, replace(spec, source_sha256=weights.sha256)
+
+
+def _contract(module: Any, channels: Sequence[int]) -> ModelSpec:
+    """What the module says that it takes, or one image of so many channels, probed."""
+    from anysize.exporters.exporting import declared_inputs, probe_module
+
     problem: ExportError | None = None
     declared = declared_inputs(module)
     for templates in [declared] if declared else [_image_template(module, count) for count in channels]:
         try:
-            spec = probe_module(module, templates)
-            break
+            return probe_module(module, templates)
         except ExportError as error:
             problem = problem or error
-    if spec is None:
-        what = f"one NCHW image of {' or '.join(map(str, channels))} channels"
-        what = ", ".join(map(str, declared)) if declared else f"{what}; export it with its inputs named"
-        raise ModelLoadError(f"{type(module).__name__} does not run on {what}: {problem}")
-    spec = replace(spec, source_sha256=sha256)
-    if direct:
-        return Model("module", module, spec)
+    what = f"one NCHW image of {' or '.join(map(str, channels))} channels"
+    what = ", ".join(map(str, declared)) if declared else f"{what}; export it with its inputs named"
+    name = getattr(module, "architecture", type(module).__name__)
+    raise ModelLoadError(f"{name} does not run on {what}: {problem}")
+
+
+def _converted(module: Any, spec: ModelSpec, backend: Backend) -> Model:
+    """The module as a graph that this engine was seen to run rightly."""
+    from anysize.exporters.exporting import ONE_FILE, to_onnx, verify
+
+    too_large = "this model is too large to convert on the fly; export it to a file first"
+    if sum(weight.nbytes for weight in module.parameters()) > ONE_FILE:
+        raise ModelLoadError(too_large)
     with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
         model = to_onnx(module, spec, Path(folder) / "model.onnx")
         if isinstance(model.data, Path):
-            raise ModelLoadError("this model is too large to convert on the fly; export it to a file first")
+            raise ModelLoadError(too_large)
     verify(module, model, [backend])
     return model
+
+
+def as_graph(source: Source, backend: Backend) -> tuple[Model, Any]:
+    """The source as an ONNX graph with its contract, held against nothing, and its module where it has one.
+
+    `backend` probes a file that carries no contract. Raises `ModelLoadError`, `ExportError`.
+    """
+    from anysize.exporters.exporting import to_onnx
+
+    source = located(source)
+    form = source_format(source)
+    if form == "bundled":
+        source, form = bundled_file(str(source), ".onnx"), "onnx"
+    if form == "module":
+        module, spec = _probed(source)
+        with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
+            return to_onnx(module, spec, Path(folder) / "model.onnx"), module
+    if form != "onnx":
+        raise ModelLoadError(f"{source}: takes weights and .onnx files")
+    assert isinstance(source, (str, os.PathLike))
+    return _from_graph(Path(source), form, backend, None), None
 
 
 def _only_part(source: Any) -> Any:

@@ -28,10 +28,15 @@ ENGINES = {
     "safetensors",
     "diffusers",
     "transformers",
+    "spandrel",
+    "torchvision",
 }
 HEAVY = ENGINES | {"pyvips", "typer", "rich", "PIL"}
 LAZY = {
     "cli.py": {"typer", "rich"},
+    "cli_measure.py": {"typer", "rich"},
+    "cli_models.py": {"typer", "rich"},
+    "cli_options.py": {"typer", "rich"},
     "torch_module.py": {"torch"},
     "architectures.py": {"torch"},
     "animegan.py": {"torch"},

@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # The strict editable install links each file, so a new file needs the install again.
-FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
+FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py integrations/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles bench-diffusion acceptance clean
+.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles bench-diffusion bench-architectures acceptance clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -40,6 +40,10 @@ bench-styles: build/.dev-$(FILES)
 # Parts of diffusers' models against eager PyTorch; needs ../shared/assets. Writes docs/diffusion-measured.md.
 bench-diffusion: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/diffusion.py
+
+# Architectures that spandrel knows, on each engine. Writes docs/architectures.md.
+bench-architectures: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/architectures.py
 
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)

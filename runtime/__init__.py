@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import torch
-    from anysize import backends, exporters, models
+    from anysize import backends, exporters, integrations, models
     from anysize.backends.errors import (
         AnysizeError,
         BackendNotFoundError,
@@ -73,7 +73,7 @@ _HOMES = {
     "upscale": "Upscaler",
 }
 _HOME_OF = {name: f"anysize.{home}" for home, names in _HOMES.items() for name in names.split()}
-_ROOMS = ("backends", "exporters", "models")
+_ROOMS = ("backends", "exporters", "integrations", "models")
 
 
 def __getattr__(name: str) -> Any:
@@ -149,6 +149,7 @@ __all__ = [
     "compare",
     "exporters",
     "fit_longest",
+    "integrations",
     "load",
     "models",
     "parts",

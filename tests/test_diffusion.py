@@ -17,6 +17,7 @@ import torch
 from anysize import ExportError, ModelLoadError, OptionError, ShapeError, as_module, load, parts
 from anysize.cli import main
 from anysize.exporters import export
+from anysize.integrations.diffusers import swap
 from conftest import ENGINES
 from diffusers_toys import eager, feeds_of
 from safetensors.torch import load_file, save_file
@@ -139,13 +140,40 @@ def test_an_inpainting_pipeline_gives_the_same_picture(shelf: Shelf, channels: i
     for engine in GRAPHS:
         session = shelf.session(f"unet {channels}", engine)
         coders = {name: shelf.session(name, engine) for name in ("encoder", "decoder")}
-        pipe.unet, pipe.vae = as_module(session, like=unet), as_module(coders, like=vae)
-        for size in sizes:
-            calls = [s.stats.calls for s in (session, *coders.values())]
-            assert np.abs(run(*size) - want[size]).max() <= 2 / 255
-            after = [s.stats.calls for s in (session, *coders.values())]
-            # three steps, each of both guidances; the picture, and what is left of it; the result
-            assert [b - a for a, b in zip(calls, after, strict=True)] == [3, 2, 1]
+        with swap(pipe, unet=session, vae=coders):
+            for size in sizes:
+                calls = [s.stats.calls for s in (session, *coders.values())]
+                assert np.abs(run(*size) - want[size]).max() <= 2 / 255
+                after = [s.stats.calls for s in (session, *coders.values())]
+                # three steps, each of both guidances; the picture, and what is left of it; the result
+                assert [b - a for a, b in zip(calls, after, strict=True)] == [3, 2, 1]
+        assert pipe.unet is unet
+        assert pipe.vae is vae
+    assert np.array_equal(run(*sizes[0]), want[sizes[0]])
+
+
+def test_all_models_of_a_pipeline_are_swapped_or_none(shelf: Shelf) -> None:
+    unet, vae = shelf.model("unet 4"), shelf.model("encoder")
+    pipe, _ = small.inpainting(unet, vae)
+    session = shelf.session("unet 4", GRAPHS[0])
+    for wrong, text in (
+        ({"unet": session, "transformer": session}, "has no transformer"),
+        ({}, "nothing to swap"),
+        ({"unet": session, "vae": session}, ""),
+    ):
+        with pytest.raises(OptionError, match=text):
+            swap(pipe, **wrong)
+        assert pipe.unet is unet
+    swapped = swap(pipe, unet=session)
+    assert isinstance(pipe.unet, type(unet))
+    assert pipe.unet is not unet
+    swapped.undo()
+    swapped.undo()
+    assert pipe.unet is unet
+    swapped = swap(pipe, unet=session)
+    pipe.unet = other = as_module(session, like=unet)
+    swapped.undo()  # somebody has put another in its place
+    assert pipe.unet is other
 
 
 def test_a_stand_in_is_what_its_host_knows(shelf: Shelf) -> None:

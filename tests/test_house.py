@@ -81,7 +81,7 @@ def test_nothing_is_reported_over_the_network() -> None:
     assert run(code + "'openvino_telemetry' in sys.modules)").split() == ["True", "False"]
 
 
-@pytest.mark.parametrize("room", ["runtime", *ALLOWED])
+@pytest.mark.parametrize("room", ["runtime", "integrations", *ALLOWED])
 def test_layering(room: str) -> None:
     for file in (ROOT / room).glob("*.py"):
         tree = ast.parse(file.read_text())
@@ -94,13 +94,15 @@ def test_layering(room: str) -> None:
                 names = [alias.name for alias in node.names]
             for name in names:
                 parts = name.split(".")
-                assert parts[0] not in {"runtime", *ALLOWED}, f"{file}: imports {name} as a second copy"
+                assert parts[0] not in {"runtime", "integrations", *ALLOWED}, (
+                    f"{file}: imports {name} as a second copy"
+                )
                 if parts[0] == "anysize" and room in ALLOWED:
                     assert len(parts) > 1, f"{file}: imports {name}"
                     assert parts[1] in ALLOWED[room], f"{file}: imports {name}"
 
 
-@pytest.mark.parametrize("room", ["runtime", *ALLOWED])
+@pytest.mark.parametrize("room", ["runtime", "integrations", *ALLOWED])
 def test_engines_and_interfaces_are_imported_inside_functions(room: str) -> None:
     for file in (ROOT / room).glob("*.py"):
         allowed = LAZY.get(file.name, set())
@@ -127,7 +129,7 @@ def test_wheel_holds_all_rooms_and_the_bundled_model(tmp_path: Path) -> None:
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for room, package in (("runtime", "anysize"), *((r, f"anysize/{r}") for r in ALLOWED)):
+    for room, package in (("runtime", "anysize"), *((r, f"anysize/{r}") for r in ("integrations", *ALLOWED))):
         for file in (ROOT / room).glob("*.py"):
             assert f"{package}/{file.name}" in names
     assert {"anysize/py.typed", "anysize/models/default.onnx", "anysize/models/default.safetensors"} <= names

@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 FILES := $(shell ls runtime/*.py backends/*.py exporters/*.py integrations/*.py models/* 2>/dev/null | cksum | cut -d' ' -f1)
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
-.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles bench-diffusion bench-architectures acceptance clean
+.PHONY: demo test check dev bench bench-performance bench-streaming bench-styles bench-diffusion
+.PHONY: bench-architectures acceptance docs clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -48,6 +49,10 @@ bench-architectures: build/.dev-$(FILES)
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/acceptance.py
+
+# The setting silences Material's notice of its own end of life.
+docs: build/.docs-$(FILES)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build/.%-$(FILES): pyproject.toml constraints.txt | .venv
 	$(INSTALL) -e ".[$*]"

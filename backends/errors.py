@@ -1,5 +1,6 @@
 """Every error this library raises on purpose.
 
+```text
 AnysizeError
 ├── OptionError (ValueError)                an argument or setting that cannot be meant
 ├── ImageError (ValueError)                 a picture that cannot be read, held or written
@@ -14,6 +15,7 @@ AnysizeError
 ├── IntegrityError                          the engine returned something that cannot be right
 ├── TimedOut
 └── Cancelled
+```
 """
 
 from __future__ import annotations

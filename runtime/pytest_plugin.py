@@ -5,7 +5,7 @@ pytest loads this by its entry point.
     def test_my_model(backend):
         anysize.assert_parity("model.pth", backends=[backend], sizes=[(33, 65)], atol=1e-3)
 
-Nothing is imported before a test asks for it; a test's own `parametrize`, or a fixture of this name in a
+No engine is imported before a test asks for it; a test's own `parametrize`, or a fixture of this name in a
 `conftest.py`, goes first.
 """
 

@@ -52,7 +52,7 @@ def vae() -> Any:
     ).eval()
 
 
-def sana(positions: bool = True, sample_size: int = 32, out_channels: int = 4) -> Any:
+def sana(positions: bool = True, sample_size: int = 32, out_channels: int = 4, layers: int = 2) -> Any:
     """Sana's transformer, with linear attention."""
     from diffusers import SanaTransformer2DModel
 
@@ -62,7 +62,7 @@ def sana(positions: bool = True, sample_size: int = 32, out_channels: int = 4) -
         out_channels=out_channels,
         num_attention_heads=2,
         attention_head_dim=16,
-        num_layers=2,
+        num_layers=layers,
         num_cross_attention_heads=2,
         cross_attention_head_dim=16,
         cross_attention_dim=32,

@@ -1,21 +1,19 @@
 """Adapters for hosts, called as the hosts call them; diffusers is in tests/test_diffusion.py.
 
-ComfyUI and the web UIs cannot be installed as packages: minimal doubles take their place, which fail on a
-wrong signature. Each says which published file it follows, at which commit.
+ComfyUI and the web UIs cannot be installed as packages; tests/hosts.py has doubles of them.
 """
 
 from __future__ import annotations
 
-import importlib
 import io
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import anysize
+import hosts
 import numpy as np
 import pytest
 import torch
@@ -27,102 +25,12 @@ from PIL import Image
 Picture = Callable[..., np.ndarray]
 
 
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> SimpleNamespace:
-    module = ModuleType(name)
-    vars(module).update(contents)
-    monkeypatch.setitem(sys.modules, name, module)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-    return module  # type: ignore[return-value]
-
-
 # -- ComfyUI
 
 
-class Interrupted(BaseException):
-    """`InterruptProcessingException` of comfy/model_management.py, Comfy-Org/ComfyUI."""
-
-
-class Bar:
-    """`ProgressBar` of comfy/utils.py."""
-
-    made: list[Bar]
-
-    def __init__(self, total: int, node_id: Any = None) -> None:
-        self.total, self.seen = total, list[int]()
-        Bar.made.append(self)
-
-    def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
-        self.seen.append(value)
-
-
 @pytest.fixture
-def comfyui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """`folder_paths`, `comfy.utils` and `comfy.model_management`, as the nodes use them.
-
-    Follows execution.py of Comfy-Org/ComfyUI at 04e2a914334246661a77665aa14068a0670e3321.
-    """
-    Bar.made = []
-    host = SimpleNamespace(models=tmp_path, interrupted=False)
-    folders = {"upscale_models": ([tmp_path / "upscale_models"], {".pth", ".safetensors"})}
-    folders["upscale_models"][0][0].mkdir()
-
-    def add_model_folder_path(folder_name: str, full_folder_path: str, is_default: bool = False) -> None:
-        folders[folder_name] = ([Path(full_folder_path)], set())
-
-    def get_filename_list(folder_name: str) -> list[str]:
-        paths, suffixes = folders[folder_name]  # a KeyError for a folder that nobody registered
-        files = [f for path in paths if path.is_dir() for f in path.iterdir()]
-        return sorted(f.name for f in files if not suffixes or f.suffix in suffixes)
-
-    def get_full_path(folder_name: str, filename: str) -> str | None:
-        found = [path / filename for path in folders[folder_name][0] if (path / filename).is_file()]
-        return str(found[0]) if found else None
-
-    def throw_exception_if_processing_interrupted() -> None:
-        if host.interrupted:
-            host.interrupted = False
-            raise Interrupted
-
-    stand_in(
-        monkeypatch,
-        "folder_paths",
-        models_dir=str(tmp_path),
-        add_model_folder_path=add_model_folder_path,
-        get_filename_list=get_filename_list,
-        get_full_path=get_full_path,
-    )
-    stand_in(monkeypatch, "comfy")
-    stand_in(monkeypatch, "comfy.utils", ProgressBar=Bar)
-    stand_in(
-        monkeypatch,
-        "comfy.model_management",
-        processing_interrupted=lambda: host.interrupted,
-        throw_exception_if_processing_interrupted=throw_exception_if_processing_interrupted,
-    )
-    sys.modules.pop("anysize.integrations.comfyui", None)
-    module = importlib.import_module("anysize.integrations.comfyui")
-    host.nodes, host.names = module.NODE_CLASS_MAPPINGS, module.NODE_DISPLAY_NAME_MAPPINGS
-
-    def execute(name: str, **inputs: Any) -> tuple[Any, ...]:
-        """A node as `validate_inputs`, `get_input_data` and `_async_map_node_over_list` run it."""
-        cls = host.nodes[name]
-        cls.RELATIVE_PYTHON_MODULE = "custom_nodes.anysize"  # which the host sets
-        required = cls.INPUT_TYPES()["required"]
-        assert set(inputs) == set(required)
-        for key, (kind, *_) in required.items():
-            if isinstance(kind, list):
-                assert inputs[key] in kind
-        with torch.inference_mode():
-            results = getattr(cls(), cls.FUNCTION)(**inputs)
-        assert isinstance(results, tuple)
-        assert len(results) == len(cls.RETURN_TYPES)
-        return results
-
-    host.execute = execute
-    yield host
-    sys.modules.pop("anysize.integrations.comfyui", None)
+def comfyui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    return hosts.comfyui(monkeypatch, tmp_path)
 
 
 def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> None:
@@ -150,8 +58,8 @@ def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> Non
         want = images.repeat_interleave(2, 1).repeat_interleave(2, 2)
         assert result.dtype == torch.float32
         assert torch.equal(result, want)
-        assert Bar.made[-1].seen == sorted(Bar.made[-1].seen)
-        assert Bar.made[-1].seen[-1] == Bar.made[-1].total
+        assert hosts.Bar.made[-1].seen == sorted(hosts.Bar.made[-1].seen)
+        assert hosts.Bar.made[-1].seen[-1] == hosts.Bar.made[-1].total
     assert model.tiling == anysize.Tiling()  # nodes share the model
     for changed in (images[..., :1], torch.cat([images, images[..., :1]], -1), images * 3 - 1, images[:0]):
         (result,) = comfyui.execute("AnysizeUpscale", model=model, image=changed, method="whole")
@@ -163,7 +71,7 @@ def test_comfyui_is_interrupted(comfyui: Any, picture: Picture) -> None:
     (model,) = comfyui.execute("AnysizeModelLoader", model_name="default", backend="auto", precision="f32")
     image = torch.from_numpy(picture(20, 20, 3, np.float32))[None]
     comfyui.interrupted = True
-    with pytest.raises(Interrupted):
+    with pytest.raises(hosts.Interrupted):
         comfyui.execute("AnysizeUpscale", model=model, image=image, method="auto")
     assert not comfyui.interrupted
     assert comfyui.execute("AnysizeUpscale", model=model, image=image, method="auto")[0].shape[1] == 80
@@ -179,66 +87,8 @@ def test_comfyui_says_what_is_missing(comfyui: Any) -> None:
 
 
 @pytest.fixture(params=["SD.Next", "AUTOMATIC1111"])
-def webui(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """`modules.shared` and `modules.upscaler`, and how both find and call an upscaler.
-
-    Follows modules/upscaler.py of vladmandic/sdnext at 1cc7e7fad38f8d2b2bce21c9005bd6417a257daf and of
-    AUTOMATIC1111/stable-diffusion-webui at 984b952eb30798ea478cb97b7ca79ff32196f4ce, and
-    modules/modelloader.py of the latter at 8137bdba61fd57cc1ddae801f6080d51e13d70c5.
-    """
-    shared = SimpleNamespace(models_path=str(tmp_path), state=SimpleNamespace(interrupted=False))
-
-    class Upscaler:
-        name: Any = None
-        model_path: Any = None
-        user_path: Any = None
-        scalers: Any = None
-
-        def __init__(self, create_dirs: bool = False) -> None:
-            self.scale = 1
-            if self.model_path is None and self.name:
-                self.model_path = str(tmp_path / self.name)
-
-        def upscale(self, img: Any, scale: float, selected_model: str) -> Any:
-            self.scale = scale
-            step = 8 if request.param == "AUTOMATIC1111" else 1
-            width, height = (int(side * scale) // step * step for side in img.size)
-            for _ in range(3):
-                before = img.size
-                img = self.do_upscale(img, selected_model)  # type: ignore[attr-defined]
-                if img.size == before or (img.width >= width and img.height >= height):
-                    break
-            return img if img.size == (width, height) else img.resize((width, height))
-
-    class UpscalerData:
-        def __init__(
-            self, name: str, path: str, upscaler: Any = None, scale: int = 4, model: Any = None
-        ) -> None:
-            self.name, self.data_path, self.scaler, self.scale = name, path, upscaler, scale
-
-    stand_in(monkeypatch, "modules", shared=shared)
-    stand_in(monkeypatch, "modules.shared", **vars(shared))
-    stand_in(monkeypatch, "modules.upscaler", Upscaler=Upscaler, UpscalerData=UpscalerData)
-    sys.modules.pop("anysize.integrations.webui", None)
-    importlib.import_module("anysize.integrations.webui")
-
-    def scalers(dirname: str | None = None) -> list[Any]:
-        """`load_upscalers`: the direct subclasses, made with one argument, without a try."""
-        found = []
-        for cls in Upscaler.__subclasses__():
-            assert cls.__name__.startswith("Upscaler")
-            scaler = cls(dirname)  # type: ignore[arg-type]
-            scaler.user_path = dirname
-            found += scaler.scalers or []
-        return found
-
-    def run(data: Any, img: Any, scale: float) -> Any:
-        """Which of its data the host names the model by is where they differ."""
-        chosen = data.name if request.param == "SD.Next" else data.data_path
-        return data.scaler.upscale(img, scale, chosen)
-
-    yield SimpleNamespace(scalers=scalers, run=run, shared=shared, models=tmp_path)
-    sys.modules.pop("anysize.integrations.webui", None)
+def webui(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    return hosts.webui(monkeypatch, tmp_path, request.param)
 
 
 def test_webui_upscales(webui: Any, toybox: ToyBox, picture: Picture) -> None:

@@ -105,21 +105,26 @@ class _Reach:
                 different = self.run(poked) != plain  # NaN differs from everything
                 nan_was_enough &= bool(np.isnan(value) or not (different & ~changed).any())
                 changed |= different
-            for axis in axes:
-                lines = np.flatnonzero(changed.any(axis=tuple(i for i in range(4) if i != axis)))
-                if not lines.size:
+                reached = {axis: self.reached(changed, axis) for axis in axes}
+                if all(r and (r[0] == 0 or r[1] == x.shape[a] - 1) for a, r in reached.items()):
+                    return dict.fromkeys(axes, None)  # which no other value or phase would change
+            for axis, span in reached.items():
+                if span is None:
                     return dict.fromkeys(axes, -1)  # ignored, or caught: nothing is known
-                first, last = int(lines[0]) // self.scale, int(lines[-1]) // self.scale
+                first, last = span
                 before = result[axis]
                 if before is None or first == 0 or last == x.shape[axis] - 1:
                     result[axis] = None
                 else:
                     result[axis] = max(before, at[axis] - first, last - at[axis])
-            if all(found is None for found in result.values()):
-                return result
         if nan_was_enough:
             self.values = (np.nan,)
         return result
+
+    def reached(self, changed: Array, axis: int) -> tuple[int, int] | None:
+        """The first and the last input line whose output changed; None if none did."""
+        lines = np.flatnonzero(changed.any(axis=tuple(i for i in range(4) if i != axis)))
+        return (int(lines[0]) // self.scale, int(lines[-1]) // self.scale) if lines.size else None
 
     def tiles_equal_whole(self, axis: int, radius: int) -> bool:
         """Whether tiles at both ends and at several places between give the whole picture's pixels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import threading
 from importlib import import_module
@@ -71,7 +72,7 @@ def _module(descriptor: Any, model: Any) -> torch.nn.Module:
         architecture, value_range = str(descriptor.architecture.name), (0.0, 1.0)
         tileable = descriptor.tiling is spandrel.ModelTiling.SUPPORTED
         note = "" if tileable else f"{architecture}: tiling is {descriptor.tiling.name.lower()}"
-        inputs, in_channels = _inputs(descriptor), int(descriptor.input_channels)
+        inputs, in_channels = _inputs(descriptor, model), int(descriptor.input_channels)
 
         def __init__(self) -> None:
             super().__init__()
@@ -89,14 +90,17 @@ def _done() -> None:
     """In place of what was done once for all."""
 
 
-def _inputs(descriptor: Any) -> tuple[TensorSpec, ...]:
+def _inputs(descriptor: Any, model: Any) -> tuple[TensorSpec, ...]:
+    """Named as the model's own forward names them, so that a stand-in for it takes the same."""
     required, float32 = descriptor.size_requirements, np.dtype(np.float32)
     sides = [Dim(name, max(required.minimum, 1), None, required.multiple_of) for name in "hw"]
     height, width = sides[:1] * 2 if required.square else sides
-    tensors = [TensorSpec("image", float32, (1, descriptor.input_channels, height, width))]
-    if descriptor.purpose == "Inpainting":
-        tensors.append(TensorSpec("mask", float32, (1, 1, height, width)))
-    return tuple(tensors)
+    channels = [descriptor.input_channels] + [1] * (descriptor.purpose == "Inpainting")
+    names = list(inspect.signature(model.forward).parameters)
+    return tuple(
+        TensorSpec(name, float32, (1, count, height, width))
+        for name, count in zip(names, channels, strict=False)
+    )
 
 
 def import_spandrel() -> Any:

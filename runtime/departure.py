@@ -15,7 +15,7 @@ from anysize.backends import Backend, EngineOptions, Model, ModelSpec, available
 from anysize.backends.base import Array, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, ModelLoadError, OptionError
 from anysize.exporters.exporting import ONE_FILE, eager, random_feeds
-from anysize.parity import chosen_sizes
+from anysize.parity import check_atol, chosen_sizes
 from anysize.sources import Source, as_graph
 
 #: inputs at each size: a wrong operator may not show on one
@@ -159,6 +159,7 @@ def bisect(
 
     Raises `ModelLoadError`, `OptionError`, `BackendUnavailableError` (no onnx), `ExportError`.
     """
+    check_atol(atol)
     onnx = _onnx()
     engines = [get_backend(name) for name in (available_backends() if backends is None else backends)]
     for engine in engines:

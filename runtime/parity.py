@@ -117,8 +117,7 @@ def compare(
     export is verified at. `precision`: "f32" or "bf16". Inputs are seeded noise in the contract's value
     range. Raises what `load` raises, and `OptionError` where there is nothing to compare.
     """
-    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
-        raise OptionError(f"atol must be a number from 0, not {atol!r}")
+    check_atol(atol)
     if precision not in ("f32", "bf16"):
         raise OptionError(f"parity compares engines in f32 or bf16, not in {precision}")
     wanted = list(backends) if backends is not None else available_backends()
@@ -159,6 +158,12 @@ def compare(
     for session in (*sessions.values(), reference):
         session.close()
     return ParityReport(f"{reference_name} f32", atol, tuple(rows))
+
+
+def check_atol(atol: object) -> None:
+    """Raise `OptionError` for what is no tolerance."""
+    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
+        raise OptionError(f"atol must be a number from 0, not {atol!r}")
 
 
 def _reference(source: Source) -> tuple[str, Session]:

@@ -192,6 +192,8 @@ def test_what_cannot_be_taken_apart(deep: Path, tmp_path: Path) -> None:
     path, _ = edited(deep, *EDITS["epsilon"][:3])
     with pytest.raises(anysize.OptionError, match="no tensor of the same name"):
         anysize.bisect(tmp_path / "renamed.onnx", reference=other)
+    with pytest.raises(anysize.OptionError, match="atol must be"):
+        anysize.bisect(deep, atol=float("nan"))
     with pytest.raises(anysize.OptionError, match="torch: runs no ONNX graphs"):
         anysize.bisect(deep, backends=["torch"])
     with pytest.raises(anysize.ModelLoadError, match="takes weights and"):

@@ -133,9 +133,3 @@ def test_kinds_of_pictures_keep_their_kind(assets: Path, tmp_path: Path, name: s
     small = to_float(result).reshape(source.shape[0], 4, source.shape[1], 4, -1).mean(axis=(1, 3))
     visible = source[..., -1:] > 0 if source.shape[2] in (2, 4) else np.ones((*source.shape[:2], 1), bool)
     assert np.abs(small - to_float(source))[np.broadcast_to(visible, small.shape)].mean() < 0.02
-
-
-@pytest.mark.parametrize("weights", ["DITN_Real_x4.pth", "realcugan-se-up2x-no-denoise.safetensors"])
-def test_other_architectures_are_refused_by_name(assets: Path, weights: str) -> None:
-    with pytest.raises(anysize.ModelLoadError, match="is none of RRDBNet, SRVGGNetCompact and AnimeGANv2"):
-        anysize.load(assets / "weights" / weights)

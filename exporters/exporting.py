@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -273,11 +275,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
                 custom_translation_table=translations(),
             )
     except Exception as error:  # the exporter's own classes are many and private
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # its first line says what step failed, the last cause why
-            cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise ExportError(f"torch cannot export this module: {reason}") from error
+        raise ExportError(f"torch cannot export this module: {_why(error)}") from error
     assert exported is not None
     weights = exported.model.graph.initializers.values()
     alone = sum(w.const_value.nbytes for w in weights if w.const_value is not None) < ONE_FILE
@@ -292,6 +290,19 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     _declare(proto, spec)
     onnx.save_model(proto, path)
     return Model("onnx", path.read_bytes() if alone else path, spec)
+
+
+def _why(error: BaseException) -> str:
+    """Why torch's exporter failed, and at which operator, or at which line of the module's code."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:  # the first says what step failed, the last why
+        chain.append(chain[-1].__cause__)
+    reason = (str(chain[-1]).strip() or type(chain[-1]).__name__).splitlines()[0]
+    for one in chain:
+        if named := re.search(r"target=torch\.ops\.([\w.]+)", str(one)):
+            return f"{named[1]}: {reason}"
+    lines = [f.line for f in traceback.extract_tb(chain[-1].__traceback__) if f.name == "forward"]
+    return f"`{lines[-1]}`: {reason}" if lines and lines[-1] else reason
 
 
 def _name_outputs(onnx: Any, graph: Any, names: Sequence[str]) -> None:

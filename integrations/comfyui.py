@@ -1,6 +1,6 @@
 """ComfyUI: a node that loads an upscale model on an engine, and one that upscales images with it.
 
-A file `custom_nodes/anysize.py` with one line makes them appear:
+A file `custom_nodes/anysize_nodes.py` with one line makes them appear:
 
     from anysize.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

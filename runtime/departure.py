@@ -59,12 +59,11 @@ class Departure:
     """Where one engine departs first.
 
     `operator`: its ONNX type; `node`: its name; `place`: its number, from 1, of `operators`; `tensor`: the
-    output that departs; `seen`: on how many of the inputs it is this operator or an earlier one that does.
-    `max_abs` (None: its shape is another, or it does not run), `allowed` and `worst_at`: on the input with
-    the largest difference, which has `size`. `alone`:
-    the difference of this operator run by itself on the reference's inputs (None: the engine cannot).
-    `fused`: it shows only while the engine may merge operators. `edited`: how the operator differs from the
-    reference file's. `folder`: where the operator, its inputs and a script were saved.
+    output that departs; `seen`: on how many of the inputs it does. `max_abs` (None: its shape is another, or
+    it does not run), `allowed` and `worst_at`: on the input with the largest difference, which has `size`.
+    `alone`: the difference of this operator run by itself on the reference's inputs (None: the engine
+    cannot). `fused`: it shows only while the engine may merge operators. `edited`: how the operator differs
+    from the reference file's. `folder`: where the operator, its inputs and a script were saved.
     """
 
     operator: str

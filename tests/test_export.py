@@ -253,6 +253,25 @@ def test_verification_catches_a_lying_contract(toybox: ToyBox) -> None:
         verify(module, lie, [get_backend(e) for e in GRAPH_ENGINES])
 
 
+class Sorts(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sort(dim=-1, stable=True).values
+
+
+class Chooses(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * [1.0, 2.0][int(x.mean() > 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("module", "culprit"), [(Sorts(), r"aten\.sort\.stable: "), (Chooses(), r"`return x \* \[1\.0, 2\.0\]")]
+)
+def test_what_cannot_be_exported_is_named(tmp_path: Path, module: nn.Module, culprit: str) -> None:
+    with pytest.raises(ExportError, match=f"torch cannot export this module: {culprit}"):
+        export(module, tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
+    assert not list(tmp_path.iterdir())
+
+
 def test_verification_sizes_cover_the_bound_and_are_not_square() -> None:
     sizes = verification_sizes(toys.image_spec(multiple=8))
     assert len(sizes) >= 4

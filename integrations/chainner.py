@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from anysize import Upscaler
+from anysize import ImageError, Upscaler
 from anysize.backends.base import Array
 
 
@@ -26,15 +26,18 @@ class BgrUpscaler:
     def __call__(self, img: Array, *_: Any) -> Array:
         """The picture `scale` times as large, in a new array; `img` may be read-only, and a view.
 
-        What else the host passes (the region of a tile, a progress) is not needed. Raises what a call of
-        `anysize.Upscaler` raises.
+        What else the host passes (the region of a tile, a progress) is not needed. Raises `ImageError` for
+        what is no such picture, and what a call of `anysize.Upscaler` raises.
         """
-        result: Array = self.upscaler(_turned(img))
+        if not isinstance(img, np.ndarray) or img.dtype.kind != "f" or img.ndim not in (2, 3):
+            what = f"{img.dtype} of shape {img.shape}" if hasattr(img, "shape") else type(img).__name__
+            raise ImageError(f"a picture of chaiNNer's is floats of shape (H, W) or (H, W, C), not {what}")
+        result: Array = self.upscaler(_turned(img.astype(np.float32, copy=False)))
         return np.ascontiguousarray(_turned(result).clip(0, 1))
 
 
 def _turned(picture: Array) -> Array:
     """BGR(A) as RGB(A), and back; grey as it is."""
-    if picture.ndim == 2 or picture.shape[2] < 3:
-        return picture
-    return picture[..., [2, 1, 0, 3][: picture.shape[2]]]
+    if picture.ndim == 3 and picture.shape[2] in (3, 4):
+        return picture[..., [2, 1, 0, 3][: picture.shape[2]]]
+    return picture

@@ -18,7 +18,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import numpy as np
-from anysize import Cancelled, ModelLoadError, Tiling, Upscaler
+from anysize import Cancelled, ImageError, MemoryBudgetError, ModelLoadError, Tiling, Upscaler
 from anysize.backends.registry import known_backends
 from anysize.sources import GRAPHS
 from anysize.tiling import METHODS
@@ -41,7 +41,7 @@ class AnysizeModelLoader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        own = [name for name in folder_paths.get_filename_list(_OWN) if os.path.splitext(name)[1] in GRAPHS]
+        own = [n for n in folder_paths.get_filename_list(_OWN) if os.path.splitext(n)[1].lower() in GRAPHS]
         names = [_DEFAULT, *dict.fromkeys([*folder_paths.get_filename_list(_HOSTS), *own])]
         return {
             "required": {
@@ -84,13 +84,22 @@ class AnysizeUpscale:
     _PARTS: ClassVar[int] = 1000
 
     def upscale(self, model: Upscaler, image: torch.Tensor, method: Any) -> tuple[torch.Tensor]:
-        """Raises what a call of `anysize.Upscaler` raises, and ComfyUI's own where the user interrupts."""
+        """Raises `ImageError` for what is no such image, `MemoryBudgetError` where the results do not fit,
+        what a call of `anysize.Upscaler` raises, and ComfyUI's own error where the user interrupts.
+        """
         import torch
 
+        if not isinstance(image, torch.Tensor) or image.ndim != 4 or not image.is_floating_point():
+            what = f"{image.dtype} of shape {tuple(image.shape)}" if hasattr(image, "shape") else f"{image}"
+            raise ImageError(f"images are floats of shape (B, H, W, C), not {what}")
         upscale = copy.copy(model)  # shares the session; others may use it by another method
         upscale.tiling = Tiling(method)
         count, height, width, channels = image.shape
-        result = np.empty((count, height * upscale.scale, width * upscale.scale, channels), np.float32)
+        shape = (count, height * upscale.scale, width * upscale.scale, channels)
+        try:
+            result = np.empty(shape, np.float32)
+        except MemoryError as error:
+            raise MemoryBudgetError(f"the results' {shape} do not fit: {error}") from error
         bar = comfy.utils.ProgressBar(count * self._PARTS)
         interrupted = comfy.model_management.processing_interrupted
         try:
@@ -99,7 +108,7 @@ class AnysizeUpscale:
                 def progress(done: int, total: int, i: int = i) -> None:
                     bar.update_absolute(int((i + done / total) * self._PARTS))
 
-                picture = one.cpu().float().clamp(0, 1).numpy()
+                picture = one.detach().cpu().float().clamp(0, 1).numpy()
                 result[i] = upscale(picture, progress=progress, cancel=interrupted).clip(0, 1)
         except Cancelled:
             comfy.model_management.throw_exception_if_processing_interrupted()

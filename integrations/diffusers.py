@@ -20,11 +20,13 @@ class Swap:
         self._pipeline, self._originals, self._replacements = pipeline, dict(originals), replacements
 
     def undo(self) -> None:
-        """Put the originals back where the replacements still are. A second call does nothing."""
-        for name, original in self._originals.items():
+        """Put the originals back where the replacements still are; a later swap is undone before this one.
+
+        A second call puts back what the first could not, or does nothing.
+        """
+        for name in list(self._originals):
             if getattr(self._pipeline, name) is self._replacements[name]:
-                setattr(self._pipeline, name, original)
-        self._originals.clear()
+                setattr(self._pipeline, name, self._originals.pop(name))
 
     def __enter__(self) -> Swap:
         return self

@@ -23,6 +23,8 @@ class Service:
     def __init__(
         self, upscaler: Upscaler, *, format: str = "png", most_pixels: int = 2**24, at_once: int = 1
     ) -> None:
+        if not isinstance(upscaler, Upscaler):
+            raise OptionError(f"upscaler is an anysize.Upscaler, not {type(upscaler).__name__}")
         if format not in _FORMATS:
             raise OptionError(f"format must be one of {', '.join(_FORMATS)}, not {format!r}")
         for name, value in (("most_pixels", most_pixels), ("at_once", at_once)):
@@ -41,7 +43,7 @@ class Service:
             raise ImageError("a picture's bytes are needed")
         with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
             source, result = Path(folder, "input"), Path(folder, f"output.{self.format}")
-            source.write_bytes(data)
+            source.write_bytes(bytes(data))
             with self._turn:
                 try:
                     open_picture_file(source, self.most_pixels)

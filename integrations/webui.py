@@ -36,11 +36,14 @@ class UpscalerAnysize(Upscaler):  # type: ignore[misc]  # the host's, found by i
         super().__init__()
         self._lock, self._loaded = threading.Lock(), dict[str, anysize.Upscaler]()
         files: list[Path] = []
-        for folder in {os.path.join(shared.models_path, self.name), dirname or ""}:
+        for folder in dict.fromkeys((os.path.join(shared.models_path, self.name), dirname or "")):
             if os.path.isdir(folder):  # the host catches nothing here
                 files += sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (*WEIGHTS, *GRAPHS))
-        self.scalers = [UpscalerData("anysize default", "default", self, 4)]
-        self.scalers += [UpscalerData(f"anysize {file.stem}", str(file), self, 4) for file in files]
+        models = {"default": "default"}
+        for file in files:  # SD.Next has nothing but the name to choose by
+            names = (file.stem, file.name, str(file))
+            models[next(name for name in names if name not in models)] = str(file)
+        self.scalers = [UpscalerData(f"anysize {name}", path, self, 4) for name, path in models.items()]
 
     def do_upscale(self, img: Any, selected_model: str) -> Any:
         """A PIL image upscaled by the model's own scale; the image itself where the user interrupts.

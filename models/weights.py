@@ -85,7 +85,7 @@ def _communitys(loaded: Any, problem: ModelLoadError) -> Any:
     if not isinstance(loaded, Mapping):
         raise problem
     if not installed():
-        more = 'over 40 more architectures load with: pip install "anysize[archs]"'
+        more = 'for over 40 more architectures, pip install "anysize[archs]" (see docs/community.md)'
         raise ModelLoadError(f"{problem}; {more}") from problem
     try:
         module = recognise(loaded)

@@ -14,6 +14,8 @@ from anysize.backends.base import Array
 from anysize.backends.errors import ImageError
 
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif")
+#: libvips' loaders of these. It has others, such as SVG's, that a few bytes can keep busy for minutes.
+_LOADERS = ("pngload", "jpegload", "webpload", "heifload", "tiffload", "gifload")
 #: suffix -> options of libvips' saver; JPEG at 4:4:4 because chroma was computed at full size
 WRITABLE: dict[str, dict[str, Any]] = {
     ".png": {},
@@ -87,6 +89,9 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
         image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on=strict)
     except pyvips.Error as error:
         raise ImageError(f"{path}: not a readable picture: {_reason(error)}") from error
+    if (loader := image.get("vips-loader").removesuffix("_source")) not in _LOADERS:
+        form = loader.removesuffix("load")
+        raise ImageError(f"{path}: not a readable picture: '{form}'; {', '.join(READABLE)} are read")
     if image.width * image.height > pixel_limit:
         raise ImageError(
             f"{path}: {image.width} x {image.height} pixels, more than the limit of {pixel_limit}"

@@ -19,12 +19,15 @@ _FORMATS = {"module", "onnx"}
 @pytest.fixture
 def backend(request: pytest.FixtureRequest) -> str:
     """Each installed engine's name in turn, for `anysize.load(..., backend=backend)`."""
+    if not hasattr(request, "param"):
+        pytest.fail("the fixture 'backend' takes turns: name it among the test's arguments", pytrace=False)
     return str(request.param)
 
 
 @pytest.hookimpl(trylast=True)  # after pytest's own, which sees to `parametrize`
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    marks = metafunc.definition.iter_markers("parametrize")
+    given = [mark.args[0] if mark.args else mark.kwargs["argnames"] for mark in marks]
     names = {name.strip() for one in given for name in (one.split(",") if isinstance(one, str) else one)}
     definitions = () if "backend" in names else metafunc._arg2fixturedefs.get("backend", ())
     if definitions and definitions[-1].func.__module__ == __name__:

@@ -15,8 +15,9 @@ class Report:
     rows of a band; `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran
     whole. `streams`: strips or tiles that ran at the same time. `exact`: the result is that of the whole
     picture run at once. `max_error`: where it is not, the largest difference measured on this picture, in
-    0..1; None where it could not be measured. `reason`: why this method. `compiles`, `fallbacks`: of the
-    session during this call. `precision_reason`: why this precision, where that was measured.
+    0..1; None where it could not be measured. `reason`: why this method. `compiles`: of the session during
+    this call. `fallbacks`: engines that did not run this, when the model was loaded or in this call, and why.
+    `precision_reason`: why this precision, where that was measured.
     """
 
     status: str = "ok"

@@ -254,7 +254,7 @@ class Session:
     until the first program is compiled, then what the engine reported. `stats`: a snapshot of counters.
     `precision_reason`: why this precision, where that was measured. `tuned`: what was measured about its
     speed here, None if nothing was; `streams`: how many strips or tiles shall run at the same time, None for
-    what that says.
+    what that says. `skipped`: engines that `load` tried before, each with its reason.
     """
 
     def __init__(
@@ -264,7 +264,8 @@ class Session:
         self.precision_reason = precision_reason
         self.tuned: Tuned | None = None
         self.streams: int | None = None
-        self._fallbacks: list[str] = list(skipped or [])
+        self.skipped: tuple[str, ...] = tuple(skipped or ())
+        self._fallbacks: list[str] = list(self.skipped)
         self._lock = threading.Lock()
         self._bytes: dict[tuple[tuple[str, int], ...], int | None] = {}
         self._apart: dict[type, BandRunner | LockstepRunner | AnysizeError] = {}

@@ -56,6 +56,14 @@ else:
 WEIGHTS = (".pth", ".pt", ".ckpt", ".safetensors")
 #: suffix -> format of files that engines read themselves
 GRAPHS = {".onnx": "onnx", ".xml": "xml", ".param": "ncnn"}
+#: format -> extras to install for it
+_TAKERS = {
+    "bundled": ("openvino", "onnxruntime", "torch"),
+    "module": ("torch", "export"),
+    "onnx": ("openvino", "onnxruntime"),
+    "xml": ("openvino",),
+    "ncnn": ("ncnn",),
+}
 #: channels of the image input tried on a bare module
 _CHANNELS = (3, 1, 4, 2)
 
@@ -121,8 +129,7 @@ def choose_backend(source: Source, backend: str | Backend) -> Backend:
     else:
         chosen_or_none = _fastest(form)
         if chosen_or_none is None:
-            wanted = ("torch", "export") if form == "module" else ("openvino", "onnxruntime", "torch")
-            lines = " or ".join(f'pip install "anysize[{name}]"' for name in wanted)
+            lines = " or ".join(f'pip install "anysize[{name}]"' for name in _TAKERS[form])
             raise BackendUnavailableError(f"no installed engine takes this model; {lines}")
         chosen = chosen_or_none
     if not _takes(chosen.formats, form) and not (form == "bundled" and "module" in chosen.formats):

@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from importlib import import_module
@@ -14,20 +15,24 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from anysize.backends.base import Feeds
 from anysize.backends.errors import OptionError, ShapeError
 from anysize.backends.pytorch import flatten_outputs
 from anysize.backends.spec import Dim, TensorSpec
 from anysize.exporters.exporting import private_copy, random_feeds
 from anysize.exporters.probing import clip
 from anysize.models.diffusion import Recipe, recipes_of
+from anysize.models.modules import Part
 from anysize.session import Session
 from torch.utils import _pytree as pytree
 
 #: a side that all factors of autoencoders divide
 _LARGE = 2048
-#: the sides at which a model is held against its session, and how far a session of it may be off: in bf16 or
-#: int8 by some hundredths, with other weights by much more
-_PROBED, _SAME_MODEL = (1, 17), 0.1
+#: the sides at which a model is held against its session: small, odd and even, square, wide and high
+_PROBED = ((1, 1), (17, 22), (22, 17))
+#: how far a session of the same model may be off, by its largest value: in f32 by rounding, else by
+#: hundredths; and by how much more, for models that give nearly nothing
+_SAME_MODEL, _SAME_ROUNDED, _NOTHING = 0.01, 0.1, 1e-5
 #: methods of models of diffusers that save or change weights or layers, which a stand-in has not
 _REFUSED = re.compile("save_pretrained|push_to_hub|enable_freeu|qkv_projections|attn_proc|adapter|lora")
 
@@ -36,8 +41,8 @@ class SessionModule(torch.nn.Module):
     """Stands in for the module a session was made from: same call signature, tensors in and out.
 
     Positional arguments follow the contract's inputs, keywords their names. Results have the dtype
-    (where it is floating) and device of the first argument; several come as a tuple. Gradients do not flow.
-    Thread-safe, like the session.
+    (where it is floating) and device of the first argument; several come as a tuple. Gradients do not flow:
+    a backward pass through it raises `OptionError`. Thread-safe, like the session.
     """
 
     def __init__(self, session: Session, dtype: torch.dtype = torch.float32) -> None:
@@ -86,40 +91,75 @@ def _of_one(session: Session, like: torch.nn.Module) -> torch.nn.Module:
     if others := [name for name in names if name not in signature.parameters]:
         raise OptionError(f"the session takes {', '.join(others)}, and {kind}'s forward does not")
     original = private_copy(like, share=True)
-    first, last = (_empty_result(original, session, side) for side in _PROBED)
-    if first != last:
-        raise OptionError(f"what {kind} returns beside tensors depends on the input: {first}, {last}")
+    results = [_empty_result(original, session, sides, _dtype(like)) for sides in _PROBED]
+    if others := [other for other in results if other != results[0]]:
+        given = f"{results[0]}, {others[0]}"
+        raise OptionError(f"what {kind} returns beside tensors depends on the input: {given}")
     twin = copy.deepcopy(like, {id(parameter): None for parameter in like.parameters()})
     for name, module in twin.named_modules():
         if name and any(True for _ in like.get_submodule(name).parameters(recurse=False)):
             module.forward = partial(_refuse, kind, f"{name}.forward")
     twin.anysize_placeholder = _placeholder(_dtype(like))
-    twin.forward = _Arguments(session, signature, first)
+    twin.forward = _Arguments(session, signature, results[0])
     _without_hooks(twin)
     return twin
 
 
-def _empty_result(original: torch.nn.Module, session: Session, side: int) -> Any:
+def _empty_result(
+    original: torch.nn.Module, session: Session, sides: tuple[int, int], dtype: torch.dtype
+) -> Any:
     """What the model returns, without its tensors; which have to be those of the session."""
-    kind, sizes = type(original).__name__, {name: clip(dim, side) for name, dim in session.spec.dims.items()}
+    sizes = _sizes(session, sides)
     feeds = random_feeds(session.spec, sizes)
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    # in order where that names them, as hosts and their hooks have it
+    ordered = list(inspect.signature(original.forward).parameters)[: len(tensors)] == list(tensors)
+    result = _original(
+        partial(original, *tensors.values()) if ordered else partial(original, **tensors), original, sizes
+    )
+    want = flatten_outputs(result)
+    _hold(session, feeds, want, original, sizes, dtype)
+    return _emptied(result, len(want))
+
+
+def _sizes(session: Session, sides: tuple[int, int]) -> dict[str, int]:
+    """Of the batch 1, and of the axes after it these in turn."""
+    batch = getattr(session.spec.inputs[0].shape[0], "name", "")
+    free = [name for name in session.spec.dims if name != batch]
+    wanted = {name: sides[i % 2] for i, name in enumerate(free)}
+    return {name: clip(dim, wanted.get(name, 1)) for name, dim in session.spec.dims.items()}
+
+
+def _original(run: Callable[[], Any], model: torch.nn.Module, sizes: Mapping[str, int]) -> Any:
     try:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            result = original(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return run()
     except Exception as error:  # whatever the module raises
-        text = f"the session is not of this {kind}, which does not run at {sizes}: {error}"
+        text = f"the session is not of this {type(model).__name__}, which does not run at {sizes}: {error}"
         raise OptionError(text) from error
-    want = [tensor.numpy().astype(np.float64) for tensor in flatten_outputs(result)]
-    got = [array.astype(np.float64) for array in session.run(feeds).values()]
+
+
+def _hold(
+    session: Session,
+    feeds: Feeds,
+    results: Sequence[torch.Tensor],
+    model: torch.nn.Module,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype,
+) -> None:
+    """Raise `OptionError` unless the session gives what the model, whose weights are of `dtype`, gave."""
+    want = [result.detach().cpu().double().numpy() for result in results]
+    with session.alone() as trial:  # whose programs for these sizes go again
+        got = [array.astype(np.float64) for array in trial.run(feeds).values()]
+        exact = trial.precision == "f32" and dtype in (torch.float32, torch.float64)
     shapes = [[array.shape for array in arrays] for arrays in (got, want)]
-    text = f"the session is not of this {kind}: at {sizes} it "
+    text = f"the session is not of this {type(model).__name__}: at {sizes} it "
     if shapes[0] != shapes[1]:
         raise OptionError(f"{text}gives {shapes[0]}, not {shapes[1]}")
     for a, b in zip(got, want, strict=True):
-        off = float(np.abs(a - b).max()) / max(1.0, float(np.abs(b).max()))
-        if not off <= _SAME_MODEL:
-            raise OptionError(f"{text}is off by {off:.2g} of the largest value")
-    return _emptied(result, len(want))
+        off, largest = float(np.abs(a - b).max()), float(np.abs(b).max())
+        if not off <= (_SAME_MODEL if exact else _SAME_ROUNDED) * largest + _NOTHING:
+            raise OptionError(f"{text}is off by {off:.2g}, of values up to {largest:.2g}")
 
 
 def _without_hooks(module: torch.nn.Module) -> None:
@@ -141,6 +181,7 @@ def _of_parts(
     replaced = {name: _steps(like, recipes[name]) for name in sessions}
     for name, session in sessions.items():
         _check(session, recipes[name], like, name)
+        _hold_part(session, recipes[name], like, replaced[name])
     # a copy, whose class, attributes and config hosts know; of what is replaced, without the weights
     memo: dict[int, Any] = {
         id(parameter): None
@@ -166,6 +207,22 @@ def _of_parts(
         if _REFUSED.search(method) and callable(getattr(type(like), method)):
             setattr(twin, method, partial(_refuse, type(like).__name__, method))
     return twin
+
+
+def _hold_part(session: Session, recipe: Recipe, like: torch.nn.Module, steps: Sequence[str]) -> None:
+    """Raise `OptionError` unless the session gives what the model does, with all that was set on it."""
+    first = like.get_submodule(steps[0])
+    weight = next(first.parameters())
+    stands_in = hasattr(vars(first).get("forward"), "session")  # and was held when it was made
+    fixed = not any(isinstance(size, Dim) for size in session.spec.inputs[0].shape[2:])
+    if stands_in or weight.is_meta or (fixed and hasattr(like, "patch_embed")):  # other positions, on purpose
+        return
+    sizes = _sizes(session, _PROBED[1])
+    feeds = random_feeds(session.spec, sizes)
+    tensors = [torch.from_numpy(array).to(weight.device) for array in feeds.values()]
+    tensors = [t.to(weight.dtype) if t.is_floating_point() else t for t in tensors]
+    want = _original(partial(Part(like, recipe), *tensors), like, sizes)
+    _hold(session, feeds, [want], like, sizes, weight.dtype)
 
 
 def _steps(model: torch.nn.Module, recipe: Recipe) -> list[str]:
@@ -263,6 +320,9 @@ def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
         if not dataclasses.is_dataclass(value) or isinstance(value, type):
             return change(value)
         made = copy.copy(value)
+        fields = {field.name for field in dataclasses.fields(value)}
+        if more := [name for name in getattr(value, "__dict__", ()) if name not in fields]:
+            raise OptionError(f"a {type(value).__name__} with {', '.join(more)} cannot be put together again")
         for field in dataclasses.fields(value):  # as they are, frozen or not, and no `__post_init__`
             object.__setattr__(made, field.name, _mapped(change, getattr(value, field.name)))
         return made
@@ -349,12 +409,32 @@ def _tensors(session: Session, given: Mapping[str, Any]) -> dict[str, torch.Tens
     return {name: given[name] for name in (*names, *given) if name in given}
 
 
+class _NoGradient(torch.autograd.Function):
+    """A result that depends on its inputs by a way that only the engine knows."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return result.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> NoReturn:
+        raise OptionError("an engine ran this model; no gradient goes back through it")
+
+
+#: PyTorch declares no types for it
+_without_gradient: Callable[..., torch.Tensor] = _NoGradient.apply
+
+
 def _run(session: Session, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    if torch._C._get_tracing_state() is not None:
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if torch._C._get_tracing_state() is not None or (proxies and proxies.get_proxy_mode() is not None):
         raise OptionError("a session cannot be traced: its result would be a constant")
     outputs = session.run({name: _to_numpy(tensor) for name, tensor in tensors.items()})
     like = next((t for t in tensors.values() if t.is_floating_point()), next(iter(tensors.values())))
-    return tuple(_like(torch.from_numpy(outputs[t.name]), like) for t in session.spec.outputs)
+    results = tuple(_like(torch.from_numpy(outputs[t.name]), like) for t in session.spec.outputs)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values()):
+        return tuple(_without_gradient(result, *tensors.values()) for result in results)
+    return results
 
 
 def _to_numpy(tensor: torch.Tensor) -> Any:

@@ -205,7 +205,7 @@ class Upscaler:
             compiles=after.compiles - before.compiles,
             engine_seconds=work.engine_seconds,
             seconds=time.perf_counter() - started,
-            fallbacks=after.fallbacks[len(before.fallbacks) :],
+            fallbacks=[*work.session.skipped, *after.fallbacks[len(before.fallbacks) :]],
         )
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ def comfyui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     Follows execution.py of Comfy-Org/ComfyUI at 04e2a914334246661a77665aa14068a0670e3321.
     """
     Bar.made = []
-    host = SimpleNamespace(models=tmp_path, interrupted=False)
+    host = SimpleNamespace(models=tmp_path, interrupted=False, made={})
     folders = {"upscale_models": ([tmp_path / "upscale_models"], {".pth", ".safetensors"})}
     folders["upscale_models"][0][0].mkdir()
 
@@ -104,13 +104,24 @@ def comfyui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         cls.RELATIVE_PYTHON_MODULE = "custom_nodes.anysize"  # which the host sets
         required = cls.INPUT_TYPES()["required"]
         assert set(inputs) == set(required)
-        for key, (kind, *_) in required.items():
-            if isinstance(kind, list):
+        for key, declared in required.items():
+            assert isinstance(declared, tuple)
+            kind = declared[0]
+            if isinstance(kind, list):  # of which the user chooses
                 assert inputs[key] in kind
+            elif kind == "IMAGE":
+                assert isinstance(inputs[key], torch.Tensor)
+            else:  # an output of a node that declares this type
+                assert any(type(inputs[key]) is type(made) for made in host.made.get(kind, ()))
+        assert isinstance(cls.CATEGORY, str)
+        assert isinstance(cls.RETURN_TYPES, tuple)
         with torch.inference_mode():
             results = getattr(cls(), cls.FUNCTION)(**inputs)
         assert isinstance(results, tuple)
-        assert len(results) == len(cls.RETURN_TYPES)
+        for kind, made in zip(cls.RETURN_TYPES, results, strict=True):
+            assert isinstance(kind, str)
+            assert (kind == "IMAGE") == isinstance(made, torch.Tensor)
+            host.made.setdefault(kind, []).append(made)
         return results
 
     host.execute = execute
@@ -152,6 +163,7 @@ def webui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "SD.Next"
         def __init__(
             self, name: str, path: str, upscaler: Any = None, scale: int = 4, model: Any = None
         ) -> None:
+            assert isinstance(path, str)
             self.name, self.data_path, self.scaler, self.scale = name, path, upscaler, scale
 
     stand_in(monkeypatch, "modules", shared=shared)
@@ -165,6 +177,7 @@ def webui(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str = "SD.Next"
         for cls in Upscaler.__subclasses__():
             assert cls.__name__.startswith("Upscaler")
             scaler = cls(dirname)  # type: ignore[arg-type]
+            assert scaler.scale == 1  # the base class's own was called
             scaler.user_path = dirname
             found += scaler.scalers or []
         return found

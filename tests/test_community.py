@@ -159,10 +159,13 @@ def test_an_engine_that_cannot_says_what_and_another_runs(tmp_path: Path) -> Non
             anysize.load(file, backend=engine)
         took = time.perf_counter() - started
     assert took < 0.5  # the second time it is known
-    session = anysize.load(file)
-    assert session.backend == "torch"
-    (note,) = session.stats.fallbacks
+    upscale = anysize.Upscaler(file)
+    assert upscale.session.backend == "torch"
+    (note,) = upscale.session.stats.fallbacks
     assert "aten.sort" in note
+    for _ in range(2):
+        upscale(np.zeros((16, 16, 3), np.uint8))
+        assert upscale.report.fallbacks == [note]
     report = anysize.compare(file, backends=["torch", engine], sizes=[(16, 24)])
     assert [(row.backend, row.ok) for row in report.rows] == [("torch", True), (engine, False)]
     assert "aten.sort" in report.rows[1].error

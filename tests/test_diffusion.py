@@ -170,6 +170,13 @@ def test_all_models_of_a_pipeline_are_swapped_or_none(shelf: Shelf) -> None:
     swapped.undo()
     swapped.undo()
     assert pipe.unet is unet
+    first = swap(pipe, unet=session)
+    second = swap(pipe, unet=session)
+    first.undo()  # too early: it waits for the other
+    second.undo()
+    assert pipe.unet is not unet
+    first.undo()
+    assert pipe.unet is unet
     swapped = swap(pipe, unet=session)
     pipe.unet = other = as_module(session, like=unet)
     swapped.undo()  # somebody has put another in its place
@@ -311,6 +318,30 @@ def test_sessions_that_are_not_of_the_model_are_refused(shelf: Shelf) -> None:
     for other in ("unet.onnx", unet, {"unet": unet}, None):
         with pytest.raises(OptionError, match="as_module takes sessions, as load"):
             as_module(other, like=unet)
+
+
+def test_what_was_set_on_a_model_after_its_export_is_not_lost(shelf: Shelf) -> None:
+    """Other weights, FreeU: a swap would lose them in silence."""
+    unet, session = copy.deepcopy(shelf.model("unet 4")), shelf.session("unet 4", GRAPHS[0])
+    as_module(session, like=unet)
+    unet.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    with pytest.raises(OptionError, match=r"not of this UNet2DConditionModel: at .* it is off by"):
+        as_module(session, like=unet)
+    unet.disable_freeu()
+    half = copy.deepcopy(unet).bfloat16()
+    assert as_module(session, like=half).dtype == torch.bfloat16
+    with torch.no_grad():
+        unet.conv_out.weight *= 1.05
+    with pytest.raises(OptionError, match=r"not of this UNet2DConditionModel: at .* it is off by"):
+        as_module(session, like=unet)
+    vae = copy.deepcopy(shelf.model("encoder"))
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.1
+    coders = {name: shelf.session(name, GRAPHS[0]) for name in ("encoder", "decoder")}
+    with pytest.raises(OptionError, match=r"not of this AutoencoderKL: at .* it is off by"):
+        as_module(coders, like=vae)
+    as_module({"encoder": coders["encoder"]}, like=vae)
+    as_module(coders, like=vae.to("meta"))  # without weights there is nothing to hold it against
 
 
 # -- positions

@@ -6,6 +6,7 @@ ComfyUI and the web UIs cannot be installed as packages; tests/hosts.py has doub
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,7 @@ def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> Non
     (model,) = comfyui.execute(
         "AnysizeModelLoader", model_name="nearest.onnx", backend="onnxruntime", precision="f32"
     )
+    assert (model.session.backend, model.session.precision) == ("onnxruntime", "f32")
     images = torch.from_numpy(np.stack([picture(33, 41, 3, np.float32, seed) for seed in range(2)]))
     for method in comfyui.nodes["AnysizeUpscale"].INPUT_TYPES()["required"]["method"][0]:
         if method == "lockstep":
@@ -65,6 +67,38 @@ def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> Non
         (result,) = comfyui.execute("AnysizeUpscale", model=model, image=changed, method="whole")
         assert result.shape == (len(changed), 66, 82, changed.shape[-1])
         assert not len(result) or (0 <= result.min() <= result.max() <= 1)
+
+
+def test_comfyui_takes_the_choices(comfyui: Any, picture: Picture) -> None:
+    """In the engine's own precision, by the method that was asked for, and the host's own folder first."""
+    for folder in ("anysize", "upscale_models"):
+        (comfyui.models / folder).mkdir(exist_ok=True)
+        (comfyui.models / folder / "same.onnx").touch()
+    with pytest.raises(anysize.ModelLoadError, match=r"upscale_models.same\.onnx"):
+        comfyui.nodes["AnysizeModelLoader"]().load("same.onnx", "openvino", "f32")
+    (model,) = comfyui.execute(
+        "AnysizeModelLoader", model_name="default", backend="openvino", precision="bf16"
+    )
+    assert (model.session.backend, model.session.precision) == ("openvino", "bf16")
+    image = torch.from_numpy(picture(40, 50, 3, np.float32))[None].requires_grad_()
+    for method in ("tile", "whole", "stream"):
+        comfyui.execute("AnysizeUpscale", model=model, image=image, method=method)
+        assert model.report.method == method
+
+
+def test_comfyui_refuses_what_is_no_image(comfyui: Any) -> None:
+    node, model = comfyui.nodes["AnysizeUpscale"](), anysize.Upscaler()
+    for wrong in (
+        torch.ones(1, 5, 6, 3, dtype=torch.uint8),
+        torch.ones(5, 6, 3),
+        np.ones((1, 5, 6, 3)),
+        None,
+    ):
+        with pytest.raises(anysize.ImageError, match="images are floats of shape"):
+            node.upscale(model=model, image=wrong, method="auto")
+    vast = torch.zeros(1, 1, 1, 3).expand(1, 2**20, 2**20, 3)
+    with pytest.raises(anysize.MemoryBudgetError, match="do not fit"):
+        node.upscale(model=model, image=vast, method="auto")
 
 
 def test_comfyui_is_interrupted(comfyui: Any, picture: Picture) -> None:
@@ -111,6 +145,29 @@ def test_webui_upscales(webui: Any, toybox: ToyBox, picture: Picture) -> None:
     assert len(webui.scalers(str(folder))) == 2  # not twice
 
 
+def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> None:
+    """SD.Next has nothing but a name to choose by."""
+    folder, other = webui.models / "anysize", webui.models / "other"
+    for home, name, factor in ((folder, "m.onnx", 2), (folder, "default.onnx", 3), (other, "m.onnx", 3)):
+        home.mkdir(exist_ok=True)
+        (home / name).write_bytes(toybox.file("Nearest", scale=factor).read_bytes())
+    (folder / "m.pth").touch()
+    found = {data.name: data for data in webui.scalers(str(other))}
+    assert list(found) == [f"anysize {name}" for name in ("default", "default.onnx", "m", "m.pth", "m.onnx")]
+    image = Image.new("RGB", (9, 9))
+    for name, factor in (("default", 4), ("default.onnx", 3), ("m", 2), ("m.onnx", 3)):
+        data = found[f"anysize {name}"]
+        assert data.scaler.do_upscale(image, data.name).size == (9 * factor, 9 * factor)
+
+
+def test_webui_takes_the_settings(webui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (default,) = webui.scalers()
+    monkeypatch.setattr(type(default.scaler), "backend", "openvino")
+    monkeypatch.setattr(type(default.scaler), "precision", "bf16")
+    session = default.scaler.load_model("default").session
+    assert (session.backend, session.precision) == ("openvino", "bf16")
+
+
 # -- chaiNNer
 
 
@@ -153,6 +210,17 @@ def test_chainner_upscales(picture: Picture) -> None:
     assert np.abs(tiled - upscaler(image).clip(0, 1)).max() < 1 / 255
     grey = picture(20, 30, 1, np.float32)[..., 0]
     assert adapter(grey).shape == (80, 120)
+    assert adapter(np.pad(image, ((0, 0), (0, 0), (0, 1))).astype(np.float64)).dtype == np.float32
+    assert adapter(np.ones((9, 9, 3), np.float32)).max() <= 1  # which the model overshoots
+    for wrong in (
+        np.full((8, 8, 3), 200, np.uint8),
+        np.zeros((8, 8, 5), np.float32),
+        image[None],
+        [[0.5]],
+        None,
+    ):
+        with pytest.raises(anysize.ImageError):
+            adapter(wrong)  # type: ignore[arg-type]
 
 
 # -- web services
@@ -186,6 +254,8 @@ def test_a_service_refuses(picture: Picture) -> None:
         (b"", "bytes are needed"),
         ("text", "bytes are needed"),
         (b"GIF89a, or not", "input: not a readable picture"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>', "'svg'; .png, .jpg"),
+        (b"2 2\n1 2\n3 4\n", "'matrix'; .png, .jpg"),
         (whole[: len(whole) // 2], "input: "),
         (encoded(picture(20, 21)), "input: 21 x 20 pixels, more than the limit of 400"),
         (encoded(picture(20, 20, 4)), "transparency"),
@@ -196,3 +266,23 @@ def test_a_service_refuses(picture: Picture) -> None:
     for wrong in ({"format": "exe"}, {"most_pixels": 0}, {"at_once": 1.5}):
         with pytest.raises(anysize.OptionError):
             Service(anysize.Upscaler(), **wrong)
+    with pytest.raises(anysize.OptionError, match=r"an anysize\.Upscaler, not str"):
+        Service("default")  # type: ignore[arg-type]
+
+
+def test_a_service_works_on_so_many_at_a_time(picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, lock = [0], [0], threading.Lock()
+
+    def counted(*given: Any, **named: Any) -> None:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        anysize.upscale_file(*given, **named)
+        with lock:
+            running[0] -= 1
+
+    monkeypatch.setattr("anysize.integrations.service.upscale_file", counted)
+    service = Service(anysize.Upscaler(), at_once=2)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(service, [encoded(picture(20, 20))] * 12))
+    assert most[0] == 2

@@ -21,6 +21,7 @@ import toys
 from anysize import OptionError, ShapeError
 from anysize.exporters import export
 from conftest import ENGINES, ToyBox
+from torch.fx.experimental.proxy_tensor import make_fx
 
 
 def test_engines_agree_on_a_module() -> None:
@@ -94,7 +95,11 @@ def test_module_has_the_originals_signature(backend: str) -> None:
             assert torch.allclose(got, want, atol=1e-5)
     half = module(torch.rand(1, 3, 8, 8, dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16
-    assert module(torch.rand(1, 3, 8, 8, requires_grad=True)).requires_grad is False
+    leaf = torch.rand(1, 3, 8, 8, requires_grad=True)
+    with pytest.raises(OptionError, match="no gradient goes back through it"):
+        (module(leaf) + leaf).sum().backward()  # leaf's own share alone would be wrong
+    with torch.no_grad():
+        assert module(leaf).requires_grad is False
     strided = torch.rand(1, 8, 12, 3).permute(0, 3, 1, 2)
     assert torch.allclose(module(strided), original(strided), atol=1e-5)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -166,6 +171,16 @@ class Late:
         object.__setattr__(self, "twice", self.y * 2)
 
 
+@dataclass
+class Mean:
+    """With an attribute that is no field."""
+
+    y: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.mean = self.y.mean()
+
+
 class Returns(torch.nn.Module):
     """A convolution, and what is made of its result."""
 
@@ -205,16 +220,24 @@ def test_results_are_the_sessions_or_refused() -> None:
         (lambda y: Own(y=y), "results in a Own cannot be put together again"),
         (lambda y: (y, {1, 2}), "results in a set cannot be put together again"),
         (lambda y: {"y": y, "size": y.shape[-1]}, "returns beside tensors depends on the input"),
+        (lambda y: {"y": y, "odd": y.shape[-1] % 2}, "returns beside tensors depends on the input"),
+        (
+            lambda y: {"y": y, "wide": y.shape[-1] > y.shape[-2]},
+            "returns beside tensors depends on the input",
+        ),
+        (lambda y: Mean(y), "a Mean with mean cannot be put together again"),
     ):
         made = Returns(put).eval()
         with pytest.raises(OptionError, match=reason):
             anysize.as_module(anysize.load(made, backend="torch"), like=made)
-    other = Returns(Late).eval()
-    torch.nn.init.normal_(other.conv.weight)
-    with pytest.raises(
-        OptionError, match=r"not of this Returns: at .* it is off by \S+ of the largest value"
-    ):
-        anysize.as_module(module.forward.session, like=other)
+    with pytest.raises(OptionError, match="a session cannot be traced"):
+        make_fx(module)(x)
+    for scale in (1.03, -1):  # other weights, also where results are small
+        made, other = (Returns(lambda y: y * 0.01).eval() for _ in range(2))
+        with torch.no_grad():
+            other.conv.weight *= scale
+        with pytest.raises(OptionError, match=r"not of this Returns: at .* it is off by \S+, of values"):
+            anysize.as_module(anysize.load(made, backend="torch"), like=other)
 
 
 def test_a_hosts_autocast_does_not_change_what_is_loaded(backend: str) -> None:
@@ -292,6 +315,18 @@ def test_own_parameters(backend):
 def test_chosen(backend):
     assert backend == "torch"
 
+@pytest.mark.parametrize(argnames="other,number", argvalues=[(1, 2)])
+def test_by_keywords(other, number):
+    assert (other, number) == (1, 2)
+
+@pytest.mark.parametrize(argnames=["backend"], argvalues=[["mine"]])
+def test_own_by_keywords(backend):
+    assert backend == "mine"
+
+def test_asked_for_late(request):
+    with pytest.raises(pytest.fail.Exception, match="name it among the test's arguments"):
+        request.getfixturevalue("backend")
+
 def test_parity():
     anysize.assert_parity("default", sizes=[(9, 8)], atol=0)
 """
@@ -306,7 +341,15 @@ def test_parity():
     passed = re.findall(r"::(\S+) PASSED", done.stdout)
     names = [f"test_each[{name}]" for name in ENGINES]
     assert sorted(passed) == sorted(
-        [*names, "test_own_parameters[mine]", "test_chosen[torch]", "test_fixture"]
+        [
+            *names,
+            "test_own_parameters[mine]",
+            "test_chosen[torch]",
+            "test_by_keywords[1-2]",
+            "test_own_by_keywords[mine]",
+            "test_asked_for_late",
+            "test_fixture",
+        ]
     ), done.stdout
     assert re.search(r"E +FAIL \w+ f32 1x9x8: max\|d\| \S+, PSNR \S+ dB, worst at output\[", done.stdout)
     assert "def compare" not in done.stdout

@@ -65,7 +65,10 @@ class _Program(Executable):
     def __init__(self, torch: Any, model: Model, device: Any, options: EngineOptions) -> None:
         assert model.spec is not None
         self._torch, self._options, self._where = torch, options, device
-        self._module = model.data.to(device=device, memory_format=torch.channels_last)
+        self._module = model.data.to(device=device)
+        for weight in (*self._module.parameters(), *self._module.buffers()):
+            if weight.ndim == 4:  # the module's own way would fail on weights of five axes
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self._spec = model.spec
         self.inputs, self.outputs = _ports(model.spec.inputs), _ports(model.spec.outputs)
         self.precision, self.device = options.precision, str(device)

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,9 +30,14 @@ from anysize.backends import (
 )
 from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
+from anysize.exporters.branches import branch_sizes
 from anysize.exporters.probing import Templates, clip, noise, probe
 from anysize.exporters.radius import Run
 from anysize.exporters.translations import translations
+
+log = logging.getLogger("anysize")
+#: torch.export is not made for several threads
+_exporting = threading.Lock()
 
 OPSET = 18
 #: engines must agree with eager f32 within this times max(1, max|reference|)
@@ -263,7 +269,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
             return tuple(flatten_outputs(self.module(*tensors)))
 
     try:
-        with _quiet(), torch.autocast("cpu", enabled=False):
+        with _exporting, _quiet(), torch.autocast("cpu", enabled=False):
             program = torch.export.export(Flat(), args, dynamic_shapes=(dynamic,))
             # optimize=True deletes `+ eps` for tiny eps
             exported = torch.onnx.export(
@@ -277,6 +283,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     except Exception as error:  # the exporter's own classes are many and private
         raise ExportError(f"torch cannot export this module: {_why(error)}") from error
     assert exported is not None
+    _hold_branches(program, Flat(), spec)
     weights = exported.model.graph.initializers.values()
     alone = sum(w.const_value.nbytes for w in weights if w.const_value is not None) < ONE_FILE
     if alone:
@@ -290,6 +297,20 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     _declare(proto, spec)
     onnx.save_model(proto, path)
     return Model("onnx", path.read_bytes() if alone else path, spec)
+
+
+def _hold_branches(program: Any, module: Any, spec: ModelSpec) -> None:
+    """Raise `ExportError` where the module does something else than its trace at sizes it asks about."""
+    names = [t.name for t in spec.inputs]
+    traced, own = eager(program.module(check_guards=False), names), eager(module, names)
+    for sizes, condition in branch_sizes(program, spec):
+        feeds = random_feeds(spec, sizes)
+        try:
+            got, want = traced(feeds), own(feeds)
+        except Exception as error:  # what neither can do, such as a view of what has one row only
+            log.debug("the trace was not held against the module at %s: %s", sizes, error)
+            continue
+        _compare(got, want, f"the trace holds only where {condition}; at {sizes}")
 
 
 def _why(error: BaseException) -> str:

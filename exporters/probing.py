@@ -134,7 +134,7 @@ class _Probe:
         # Axes of later inputs may be a ratio of the first one's: try the ratios once equal sizes failed.
         first, *later = map(_free, self.templates)
         for ratios in itertools.product(_RATIOS, repeat=min(len(later), 2)):
-            for size in _BASES:
+            for size in (*_BASES, *self.required()):
                 sizes = dict.fromkeys(self.names, Fraction(size))
                 for axes, ratio in zip(later, ratios, strict=False):
                     sizes.update({a: size * ratio for a in axes if a not in first})
@@ -147,6 +147,12 @@ class _Probe:
         raise ExportError(
             f"the model ran at none of the sizes tried; give an example input. Last error: {self.error}"
         )
+
+    def required(self) -> list[int]:
+        """The least sizes that were declared, where those that are always tried do not reach."""
+        least = max((hint.ceil(hint.min) for hint in self.hints.values()), default=1)
+        step = math.lcm(*(hint.multiple_of for hint in self.hints.values()))
+        return [least, -(-least // step) * step]
 
     def find_ties(self, base: dict[str, int]) -> None:
         """Which axes cannot move alone: tied to an earlier one, or fixed."""

@@ -30,8 +30,8 @@ def installed() -> bool:
 
 def is_descriptor(source: object) -> bool:
     """Whether this is a model that spandrel loaded, without importing spandrel."""
-    spandrel = sys.modules.get("spandrel")
-    return spandrel is not None and isinstance(source, spandrel.ModelBase)
+    base = getattr(sys.modules.get("spandrel"), "ModelBase", None)  # not there yet while it is imported
+    return base is not None and isinstance(source, base)
 
 
 def recognise(loaded: Any) -> torch.nn.Module | None:
@@ -54,9 +54,14 @@ def described(descriptor: Any) -> torch.nn.Module:
 
     Its `forward` takes an image, (1, C, H, W) in 0..1, and where it paints into one a mask, (1, 1, H, W), 1
     to paint. Sizes are those that the descriptor requires, which it would pad to; batches are one, as it
-    promises no others. Not tileable where it advises against tiles.
+    promises no others. Not tileable where it advises against tiles. Raises `ModelLoadError` for a model that
+    cannot be copied, or whose arguments are not known.
     """
-    return _module(descriptor, copy.deepcopy(descriptor.model))
+    try:
+        return _module(descriptor, copy.deepcopy(descriptor.model).float())
+    except Exception as error:  # locks, compiled or traced modules: whatever the host put into it
+        reason = f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"{type(descriptor.model).__name__} cannot be taken over: {reason}") from error
 
 
 def _module(descriptor: Any, model: Any) -> torch.nn.Module:
@@ -73,14 +78,15 @@ def _module(descriptor: Any, model: Any) -> torch.nn.Module:
         tileable = descriptor.tiling is spandrel.ModelTiling.SUPPORTED
         note = "" if tileable else f"{architecture}: tiling is {descriptor.tiling.name.lower()}"
         inputs, in_channels = _inputs(descriptor, model), int(descriptor.input_channels)
+        # the public call pads, clips and forbids gradients around this, which cannot be exported
+        call = staticmethod(descriptor._call_fn)
 
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-            # the public call pads, clips and forbids gradients around this, which cannot be exported
-            result: torch.Tensor = descriptor._call_fn(self.model, *tensors)
+            result: torch.Tensor = self.call(self.model, *tensors)
             return result
 
     return Described()
@@ -113,7 +119,7 @@ def import_spandrel() -> Any:
     Raises `BackendUnavailableError`.
     """
     with _importing:
-        return sys.modules.get("spandrel") or _import_spandrel()
+        return import_module("spandrel") if "spandrel" in sys.modules else _import_spandrel()
 
 
 def _import_spandrel() -> Any:

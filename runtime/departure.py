@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from anysize.backends import Backend, EngineOptions, Model, ModelSpec, available_backends, get_backend
 from anysize.backends.base import Array, Feeds
-from anysize.backends.errors import BackendUnavailableError, ExportError, ModelLoadError, OptionError
+from anysize.backends.errors import (
+    AnysizeError,
+    BackendUnavailableError,
+    ExecutionError,
+    ExportError,
+    ModelLoadError,
+    OptionError,
+)
 from anysize.exporters.exporting import ONE_FILE, eager, random_feeds
 from anysize.parity import check_atol, chosen_sizes
 from anysize.sources import Source, as_graph
@@ -21,34 +28,40 @@ from anysize.sources import Source, as_graph
 #: inputs at each size: a wrong operator may not show on one
 _SEEDS = 2
 
-_SCRIPT = '''"""One operator of {model}: {backend} {version} departs from the reference by {error}."""
+_SCRIPT = """# One operator of {model!r}: {backend} {version} departs from the reference by {error}.
+
+from pathlib import Path
 
 import numpy
 {imports}
 
-arrays = dict(numpy.load("inputs.npz"))
-want = arrays.pop("expected")
+here = Path(__file__).parent
+arrays = dict(numpy.load(here / "inputs.npz"))
+want = arrays.pop("expected").astype(numpy.float64)
 {run}
+got = numpy.asarray(got, numpy.float64)
 print("shapes:", got.shape, want.shape)
-print("largest difference:", abs(numpy.asarray(got, numpy.float64) - want).max())
-'''
+if got.shape == want.shape:
+    same = (got == want) | (numpy.isnan(got) & numpy.isnan(want))
+    print("largest difference:", numpy.where(same, 0, abs(got - want)).max(initial=0))
+"""
 #: by engine: what a script imports, and how it gets the operator's result
 _RUNS = {
     "onnxruntime": (
         "import onnxruntime",
-        'session = onnxruntime.InferenceSession("operator.onnx", providers=["CPUExecutionProvider"])\n'
+        'session = onnxruntime.InferenceSession(here / "operator.onnx", providers=["CPUExecutionProvider"])\n'
         "got = session.run(None, arrays)[{which}]",
     ),
     "openvino": (
         "import openvino",
         'settings = {{"INFERENCE_PRECISION_HINT": "{precision}"}}\n'
-        'program = openvino.Core().compile_model("operator.onnx", "CPU", settings)\n'
+        'program = openvino.Core().compile_model(here / "operator.onnx", "CPU", settings)\n'
         "got = program(arrays)[{which}]",
     ),
 }
 _ANY_RUN = (
     "from anysize.backends import EngineOptions, Model, get_backend",
-    'model = Model("onnx", open("operator.onnx", "rb").read())\n'
+    'model = Model("onnx", (here / "operator.onnx").read_bytes())\n'
     'program = get_backend("{backend}").compile(model, None, EngineOptions("{precision}"))\n'
     "got = list(program.run(arrays).values())[{which}]",
 )
@@ -132,8 +145,15 @@ class BisectReport:
                 lines.append(f"  by itself, on the reference's inputs, it is off by {found.alone:.3g}")
             if found.edited:
                 lines.append(f"  it is not the reference's: {found.edited}")
+            if found.alone is not None and found.alone <= found.allowed and not found.fused:
+                lines.append("  so what it is given differs already, in what cannot be compared here")
             if found.folder:
                 lines.append(f"  saved with its inputs: {Path(found.folder) / 'reproduce.py'}")
+        all_of = [row.departure for row in self.rows if row.departure is not None]
+        if len(all_of) > 1 and not any(d.edited for d in all_of) and len({d.tensor for d in all_of}) == 1:
+            lines.append(
+                "engines depart at the same operator: ONNX's own implementation may be the wrong one"
+            )
         return "\n".join(lines)
 
 
@@ -159,18 +179,13 @@ def bisect(
     Raises `ModelLoadError`, `OptionError`, `BackendUnavailableError` (no onnx), `ExportError`.
     """
     check_atol(atol)
+    home = _folder(folder)
     onnx = _onnx()
-    engines = [get_backend(name) for name in (available_backends() if backends is None else backends)]
-    for engine in engines:
-        engine.check(EngineOptions(precision))
-    if backends is not None and (wrong := [b.name for b in engines if "onnx" not in b.formats]):
-        raise OptionError(f"{', '.join(wrong)}: runs no ONNX graphs, whose operators could be told apart")
-    engines = [engine for engine in engines if "onnx" in engine.formats]
-    if not engines:
-        raise OptionError("no engine for ONNX graphs is installed")
-    graph, module = as_graph(source, engines[0])
+    engines = _engines(backends, precision)
+    graph, module = _first_of(engines, source)
     assert graph.spec is not None
-    true = graph if reference is None else as_graph(reference, engines[0])[0]
+    true = graph if reference is None else _first_of(engines, reference)[0]
+    module = None if reference is not None else module  # what is compared is the two graphs
     search = _Search(onnx, _proto(onnx, graph), _proto(onnx, true), graph.spec, atol)
     cases = [
         (size, random_feeds(graph.spec, size, seed))
@@ -183,19 +198,76 @@ def bisect(
     for engine in engines:
         try:
             found = search.departure(engine, precision)
-        except Exception as error:  # whatever an engine raises
+        except AnysizeError as error:
             problem = f"cannot run the graph: {_first_line(error)}"
             rows.append(BisectRow(engine.name, precision, None, problem))
             continue
-        if found is not None and folder is not None:
-            found = search.save(found, Path(folder) / engine.name, engine, precision, Path(name).name)
+        if found is not None and home is not None:
+            found = search.save(found, home / engine.name, engine, precision, Path(name).name)
         rows.append(BisectRow(engine.name, precision, None if found is None else found.report))
     text = "ONNX in NumPy" + ("" if reference is None else f" of {reference}")
     return BisectReport(text, atol, len(search.nodes), len(cases), tuple(rows))
 
 
+def _folder(folder: object) -> Path | None:
+    """Raises `OptionError` before any work, for what could not hold the results."""
+    if folder is None:
+        return None
+    try:
+        path = Path(folder)  # type: ignore[arg-type]
+        with suppress(FileNotFoundError), os.scandir(path):
+            pass
+    except (TypeError, ValueError, OSError) as error:
+        raise OptionError(f"folder {folder!r} cannot be written: {error}") from error
+    return path
+
+
+def _engines(names: Sequence[str] | None, precision: str) -> list[Backend]:
+    """Those named, or all installed that run ONNX graphs in this precision. Raises `OptionError`."""
+    chosen, problem = [], None
+    for name in available_backends() if names is None else names:
+        engine = get_backend(name)
+        try:
+            engine.check(EngineOptions(precision))
+            if "onnx" not in engine.formats:
+                raise OptionError(f"{name}: runs no ONNX graphs, whose operators could be told apart")
+            chosen.append(engine)
+        except OptionError as error:
+            if names is not None:
+                raise
+            problem = problem or error
+    if not chosen:
+        raise problem or OptionError("no engine that runs ONNX graphs is named, or installed")
+    return chosen
+
+
+def _first_of(engines: Sequence[Backend], source: Source) -> tuple[Model, Any]:
+    """As a graph, by the first engine that can read it: that others cannot is what is asked."""
+    problem: AnysizeError | None = None
+    for engine in engines:
+        try:
+            return as_graph(source, engine)
+        except AnysizeError as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _taken(node: Any) -> list[str]:
+    """The tensors that an operator reads, those of the graphs within it that come from around it too."""
+    found = dict.fromkeys(filter(None, node.input))
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            own = {value.name for value in (*graph.input, *graph.initializer)}
+            own.update(name for inner in graph.node for name in inner.output)
+            for inner in graph.node:
+                found.update(dict.fromkeys(name for name in _taken(inner) if name not in own))
+            found.update(dict.fromkeys(v.name for v in graph.output if v.name not in own))
+    return list(found)
 
 
 def _onnx() -> Any:
@@ -263,18 +335,8 @@ class _Search:
         Raises `ModelLoadError` for an operator that ONNX's implementation lacks, `ExportError` where the
         conversion differs from the module.
         """
-        names = [value.name for value in self.true.graph.input]
-        initial = {tensor.name for tensor in self.true.graph.initializer}
-        names = [name for name in names if name not in initial]
-        try:
-            evaluator = self.onnx.reference.ReferenceEvaluator(self.true)
-            for size, feeds in cases:
-                given = dict(zip(names, feeds.values(), strict=True))
-                values = evaluator.run(None, given, intermediate=True)
-                self.cases.append(_Case(size, feeds, values))
-        except Exception as error:  # what it lacks and what it cannot do have classes of its own
-            reason = f"ONNX's own implementation cannot run the reference: {_first_line(error)}"
-            raise ModelLoadError(reason) from error
+        for size, feeds in cases:
+            self.cases.append(_Case(size, feeds, self.evaluated(self.true, feeds, "the reference")))
         for case in self.cases if module is not None else ():
             assert module is not None
             for value, got in zip(self.true.graph.output, module(case.feeds).values(), strict=True):
@@ -283,11 +345,25 @@ class _Search:
         known = self.cases[0].values
         for place, node in enumerate(self.nodes):
             for name in node.output:
-                # a wrong size shows in the shape of what it is the size of
-                if name and isinstance(known.get(name), np.ndarray) and known[name].dtype.kind == "f":
+                if name and isinstance(known.get(name), np.ndarray) and known[name].dtype.kind in "fiub":
                     self.places[name] = place
         if not self.places:
             raise OptionError("the reference has no tensor of the same name; take the file that was edited")
+
+    def evaluated(self, proto: Any, feeds: Feeds, what: str) -> dict[str, Array]:
+        """Every tensor of a graph, by ONNX's own implementation. Raises `ModelLoadError`."""
+        initial = {tensor.name for tensor in proto.graph.initializer}
+        names = [value.name for value in proto.graph.input if value.name not in initial]
+        if len(names) != len(feeds):
+            raise ModelLoadError(f"{what} takes {', '.join(names)}; the contract says {', '.join(feeds)}")
+        given = feeds if set(names) == set(feeds) else dict(zip(names, feeds.values(), strict=True))
+        try:
+            evaluator = self.onnx.reference.ReferenceEvaluator(proto)
+            values: dict[str, Array] = evaluator.run(None, given, intermediate=True)
+        except Exception as error:  # what it lacks and what it cannot do have classes of its own
+            reason = f"ONNX's own implementation cannot run {what}: {_first_line(error)}"
+            raise ModelLoadError(reason) from error
+        return values
 
     def differ(self, got: Array, case: _Case, tensor: str) -> _Problem | None:
         """What is wrong with an engine's result; None where that is within the tolerance."""
@@ -300,6 +376,7 @@ class _Search:
         with np.errstate(invalid="ignore"):
             error = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
         allowed = self.atol * max(1.0, float(np.abs(b[np.isfinite(b)]).max(initial=0.0)))
+        allowed = allowed if want.dtype.kind == "f" else 0.0
         index = np.unravel_index(int(error.argmax()), error.shape)  # NaN counts as the largest
         if error[index] <= allowed:
             return None
@@ -309,13 +386,18 @@ class _Search:
     # -- running graphs
 
     def run(self, engine: Backend, precision: str, proto: Any, case: _Case) -> dict[str, Array]:
+        """Raises `ExecutionError` for whatever the engine raises."""
         shapes = self.spec.input_shapes(case.size) if engine.prefers_static else None
-        model = Model("onnx", proto.SerializeToString())
-        program = engine.compile(model, shapes, EngineOptions(precision))
         try:
-            return program.run(case.feeds)
-        finally:
-            program.close()
+            model = Model("onnx", proto.SerializeToString())
+            program = engine.compile(model, shapes, EngineOptions(precision))
+            try:
+                return program.run(case.feeds)
+            finally:
+                program.close()
+        except Exception as error:
+            text = getattr(error, "message", None) or _first_line(error)
+            raise ExecutionError(text, backend=engine.name, shape=case.size) from error
 
     def showing(self, tensors: Sequence[str], last: int | None = None) -> Any:
         """The graph with these tensors as outputs too; of its first operators alone, up to number `last`."""
@@ -342,12 +424,14 @@ class _Search:
                 results = self.run(engine, precision, self.proto, case)
                 if any(self.differ(results[n], case, n) for n in results if n in self.places):
                     wrong.append(case)
-        except Exception:  # what an engine raises where it cannot run the graph
+        except ExecutionError:  # it cannot run the graph
             found = self.by_halves(engine, precision, self.cases, fused=False)
             if found is None:
                 raise
             return found
-        if seen:
+        # what is whole numbers departs by rounding at a tie; that counts where something follows from it
+        results_of = {value.name for value in self.proto.graph.output}
+        if any(name in results_of or self.cases[0].values[name].dtype.kind == "f" for name in seen):
             tensor = min(seen, key=lambda name: self.places[name])
             return self.found(engine, precision, tensor, seen[tensor], fused=False)
         return self.by_halves(engine, precision, wrong, fused=True) if wrong else None
@@ -363,19 +447,32 @@ class _Search:
                 first = middle + 1
             else:
                 last = middle
-        problems = [self.beginning(engine, precision, tensors[last], case) for case in wrong]
-        departing = [problem for problem in problems if problem is not None]
+        found = [self.beginning(engine, precision, tensors[last], case) for case in wrong]
+        departing = [one for one in found if one is not None]
         if not departing:
             return None
-        return self.found(engine, precision, tensors[last], departing, fused=fused)
+        tensor = departing[0][0]
+        problems = [problem for name, problem in departing if name == tensor]
+        return self.found(engine, precision, tensor, problems, fused=fused)
 
-    def beginning(self, engine: Backend, precision: str, tensor: str, case: _Case) -> _Problem | None:
-        """What is wrong with the last result of the graph that ends there."""
-        graph = self.showing([tensor], self.places[tensor])
+    def beginning(
+        self, engine: Backend, precision: str, tensor: str, case: _Case
+    ) -> tuple[str, _Problem] | None:
+        """What is wrong with the graph's first operators, up to this tensor's: which result, and how.
+
+        All branches are in it, each as far as it got, so that a longer beginning has all that a shorter has.
+        """
+        place = self.places[tensor]
+        taken = {name for node in self.nodes[: place + 1] for name in _taken(node)}
+        ends = [name for name, at in self.places.items() if at <= place and name not in taken]
         try:
-            return self.differ(self.run(engine, precision, graph, case)[tensor], case, tensor)
-        except Exception as error:
-            return _Problem(np.inf, 0.0, f"{tensor}: {_first_line(error)}", case)
+            results = self.run(engine, precision, self.showing(ends, place), case)
+        except ExecutionError as error:
+            return tensor, _Problem(np.inf, 0.0, f"{tensor}: {_first_line(error)}", case)
+        for name in (tensor, *ends):
+            if name in results and (problem := self.differ(results[name], case, name)) is not None:
+                return name, problem
+        return None
 
     def found(
         self, engine: Backend, precision: str, tensor: str, problems: Sequence[_Problem], *, fused: bool
@@ -413,10 +510,23 @@ class _Search:
         helper, arrays = self.onnx.helper, self.onnx.numpy_helper
         weights = {tensor.name: tensor for tensor in self.proto.graph.initializer}
         fixed = {name for n in self.nodes if n.op_type == "Constant" for name in n.output}
-        names = {name: f"input_{i}" for i, name in enumerate(dict.fromkeys(filter(None, node.input)))}
+        own_names = dict.fromkeys(filter(None, node.input))
+        # what a subgraph takes from around it keeps its name
+        names = {name: f"input_{i}" for i, name in enumerate(own_names)} | {
+            name: name for name in _taken(node) if name not in own_names
+        }
+        others: Mapping[str, Array] = {}
+        if any(name not in weights and name not in case.values for name in names):  # not in the reference
+            others = self.evaluated(self.proto, case.feeds, "the graph")
         initial, ports, inputs = [], [], {}
         for name, new in names.items():
-            value = arrays.to_array(weights[name]) if name in weights else case.values[name]
+            value = (
+                arrays.to_array(weights[name])
+                if name in weights
+                else case.values[name]
+                if name in case.values
+                else others[name]
+            )
             # engines want to know weights, sizes and axes
             if name in weights or name in fixed or value.dtype.kind in "iub":
                 initial.append(arrays.from_array(value, new))
@@ -437,7 +547,9 @@ class _Search:
     def edited(self, node: Any) -> str:
         """How it differs from the reference's operator of the same result; "" where it does not."""
         others = (n for n in self.true.graph.node if set(n.output) & set(filter(None, node.output)))
-        other = next(others)
+        other = next(others, None)
+        if other is None:
+            return "the reference has it as a weight"
         found = [] if node.op_type == other.op_type else [f"it is {node.op_type}, not {other.op_type}"]
         mine, its = ({a.name: a for a in n.attribute} for n in (node, other))
         for name in dict.fromkeys([*mine, *its]):

@@ -135,8 +135,6 @@ def compare(
                 failed[name] = str(error)
             if not sessions and name == wanted[-1]:
                 raise
-    if sizes is not None and not len(sizes):
-        raise OptionError("no size to compare at")
     reference_name, reference = _reference(source)
     if precision == "f32" and backends is None and not failed and list(sessions) == [reference_name]:
         raise OptionError(
@@ -162,7 +160,8 @@ def compare(
 
 def check_atol(atol: object) -> None:
     """Raise `OptionError` for what is no tolerance."""
-    if not (isinstance(atol, (int, float)) and 0 <= atol < math.inf):
+    number = isinstance(atol, (int, float, np.floating)) and not isinstance(atol, bool)
+    if not (number and 0 <= atol < math.inf):  # type: ignore[operator]
         raise OptionError(f"atol must be a number from 0, not {atol!r}")
 
 
@@ -184,6 +183,8 @@ def chosen_sizes(spec: ModelSpec, sizes: Sequence[tuple[int, int]] | None) -> li
     """
     if sizes is None:
         return verification_sizes(spec)
+    if not isinstance(sizes, Sequence) or not sizes:
+        raise OptionError(f"no size to compare at: {sizes!r}")
     batch = getattr(spec.inputs[0].shape[0], "name", None)
     axes = [n for n in spec.dims if n != batch]
     chosen = []

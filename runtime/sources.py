@@ -83,8 +83,11 @@ def source_format(source: Source) -> str:
     if str(source) in BUNDLED:
         return "bundled"
     path = Path(source)
-    if is_checkpoint(path):
-        return "module"
+    try:
+        if is_checkpoint(path):
+            return "module"
+    except OSError as error:  # such as a name that is too long
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from error
     known = (*WEIGHTS, *GRAPHS)
     if path.is_dir():
         raise ModelLoadError(f"{path}: a folder without config.json, so not of a model of diffusers")
@@ -202,7 +205,8 @@ def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
     try:
         model = _converted(weights.module, spec, backend)
     except ExportError as error:
-        if cache is not None:
+        # what follows from the model alone, not from memory or a disk that were full
+        if cache is not None and not isinstance(error.__cause__, (MemoryError, OSError)):
             cache.put(str(error).encode(), "refused", *of_engine)
         raise
     if cache is not None:

@@ -111,7 +111,7 @@ def _empty_result(
     """What the model returns, without its tensors; which have to be those of the session."""
     sizes = _sizes(session, sides)
     feeds = random_feeds(session.spec, sizes)
-    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    tensors = {name: torch.tensor(array) for name, array in feeds.items()}  # it may write to them
     # in order where that names them, as hosts and their hooks have it
     ordered = list(inspect.signature(original.forward).parameters)[: len(tensors)] == list(tensors)
     result = _original(
@@ -219,7 +219,7 @@ def _hold_part(session: Session, recipe: Recipe, like: torch.nn.Module, steps: S
         return
     sizes = _sizes(session, _PROBED[1])
     feeds = random_feeds(session.spec, sizes)
-    tensors = [torch.from_numpy(array).to(weight.device) for array in feeds.values()]
+    tensors = [torch.tensor(array, device=weight.device) for array in feeds.values()]
     tensors = [t.to(weight.dtype) if t.is_floating_point() else t for t in tensors]
     want = _original(partial(Part(like, recipe), *tensors), like, sizes)
     _hold(session, feeds, [want], like, sizes, weight.dtype)

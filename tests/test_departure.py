@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import anysize
+import numpy as np
 import onnx
 import pytest
 import torch
-from anysize.backends import EngineOptions, Model, registry
+from anysize import Dim, ModelSpec, Rule, TensorSpec
+from anysize.backends import SPEC_KEY, EngineOptions, Model, registry
 from anysize.backends.base import Array, Executable, Feeds, Shapes
 from anysize.backends.onnxruntime import OnnxRuntimeBackend
 from anysize.cli import main
 from anysize.exporters import export
 from conftest import ENGINES
+from onnx import helper
 from torch import nn
 
 GRAPHS = [name for name in ENGINES if name != "torch"]
@@ -99,12 +102,15 @@ def test_the_planted_operator_is_found(deep: Path, edit: str, tmp_path: Path) ->
         if edit == "padding":
             assert found.max_abs is None
             assert "its shape is" in str(report)
-            continue
-        assert found.max_abs > 3 * found.allowed
-        assert found.alone == pytest.approx(found.max_abs, rel=1e-3)
+        else:
+            assert found.max_abs > 3 * found.allowed
+            assert found.alone == pytest.approx(found.max_abs, rel=1e-3)
         script = tmp_path / "saved" / row.backend / "reproduce.py"
-        ran = subprocess.run([sys.executable, script.name], cwd=script.parent, capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
+        assert ("largest difference" in ran.stdout) == (edit != "padding")
+        if edit == "padding":
+            continue
         assert float(ran.stdout.rpartition(":")[2]) == pytest.approx(found.alone, rel=1e-3)
     assert json.loads(report.to_json())["rows"][0]["departure"]["node"] == name
 
@@ -174,10 +180,136 @@ def test_what_only_shows_when_merged(deep: Path, merging: str) -> None:
     assert row.departure is not None, row.error
     assert row.departure.fused
     nodes = list(onnx.load(deep).graph.node)
-    relu = next(i for i, n in enumerate(nodes) if n.op_type == "LeakyRelu")
+    relu = next(n for n in nodes if n.op_type == "LeakyRelu")
     assert nodes[row.departure.place - 1].name == row.departure.node
-    assert row.departure.place == relu + 2  # the first that lies beyond it
+    taker = next(n for n in nodes if relu.output[0] in n.input)  # the first that it could be merged with
+    assert row.departure.node == taker.name
     assert "only while the engine may merge operators" in str(report)
+
+
+def graph(path: Path, nodes: list[Any], weights: dict[str, Any], inputs: tuple[str, ...] = ("x",)) -> Path:
+    """Pictures in, and a result y out; the contract as it was probed for the first graph of this folder."""
+    values = [helper.make_tensor_value_info(name, 1, (1, 3, "h", "w")) for name in inputs]
+    made = helper.make_graph(
+        nodes,
+        "graph",
+        values,
+        [helper.make_tensor_value_info("y", 1, None)],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    proto = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    spec = ModelSpec(
+        tuple(TensorSpec(name, np.dtype(np.float32), (1, 3, Dim("h"), Dim("w"))) for name in sorted(inputs)),
+        (TensorSpec("y", np.dtype(np.float32), (1, 3, Rule("h"), Rule("w"))),),
+    )
+    helper.set_model_props(proto, {SPEC_KEY: spec.to_json()})
+    onnx.save(proto, path)
+    return path
+
+
+def convolution(given: str, result: str, name: str, pads: tuple[int, ...] = (1, 1, 1, 1)) -> Any:
+    return helper.make_node("Conv", [given, "kernel"], [result], name=name, pads=pads)
+
+
+def branches(pads: tuple[int, ...] = (1, 1, 1, 1)) -> list[Any]:
+    """A short branch, whose first operator may be wrong, listed before a long one."""
+    short = [convolution("x", "a0", "A0", pads), convolution("a0", "a1", "A1")]
+    ends = ["x", *(f"b{i}" for i in range(6))]
+    long = [convolution(ends[i], ends[i + 1], f"B{i}") for i in range(6)]
+    return [*short, *long, helper.make_node("Add", ["a1", "b5"], ["y"], name="Merge")]
+
+
+KERNEL = {"kernel": np.random.default_rng(0).normal(0, 0.3, (3, 3, 3, 3)).astype(np.float32)}
+
+
+def first_of(report: anysize.BisectReport) -> set[str]:
+    return {row.departure.node if row.departure else str(row.error) for row in report.rows}
+
+
+def test_a_branch_that_no_engine_runs(tmp_path: Path) -> None:
+    good = graph(tmp_path / "good.onnx", branches(), KERNEL)
+    bad = graph(tmp_path / "bad.onnx", branches((0, 1, 0, 1)), KERNEL)
+    assert anysize.bisect(good, sizes=SIZES).ok
+    assert first_of(anysize.bisect(bad, reference=good, sizes=SIZES)) == {"A0"}
+
+
+def test_an_operator_that_the_reference_has_not(tmp_path: Path) -> None:
+    nodes = [convolution("x", "a", "A"), helper.make_node("Sigmoid", ["a"], ["y"], name="S")]
+    good = graph(tmp_path / "good.onnx", nodes, KERNEL)
+    nodes[1:] = [
+        helper.make_node("Sigmoid", ["a"], ["inner"], name="S"),
+        helper.make_node("Mul", ["inner", "k"], ["y"], name="Inserted"),
+    ]
+    bad = graph(tmp_path / """a'""\"b.onnx""", nodes, {**KERNEL, "k": np.float32(1.2)})
+    report = anysize.bisect(bad, reference=good, sizes=SIZES, folder=tmp_path)
+    assert first_of(report) == {"Inserted"}
+    assert "it is Mul, not Sigmoid" in str(report)
+    for engine in GRAPHS:
+        script = tmp_path / engine / "reproduce.py"
+        assert subprocess.run([sys.executable, str(script)], capture_output=True).returncode == 0
+
+
+def test_whole_numbers_and_what_is_chosen_by_them(tmp_path: Path) -> None:
+    """The operator that chose wrongly is named, not the one that took its choice."""
+
+    def nodes(kind: str) -> list[Any]:
+        return [
+            convolution("x", "a", "A"),
+            helper.make_node(kind, ["a", "zero"], ["mask"], name="Choice"),
+            helper.make_node("Where", ["mask", "a", "x"], ["y"], name="Where"),
+        ]
+
+    weights = {**KERNEL, "zero": np.float32(0)}
+    good = graph(tmp_path / "good.onnx", nodes("Greater"), weights)
+    bad = graph(tmp_path / "bad.onnx", nodes("Less"), weights)
+    assert first_of(anysize.bisect(bad, reference=good, sizes=SIZES)) == {"Choice"}
+    assert anysize.bisect(good, sizes=SIZES).ok
+
+
+def test_inputs_pair_up_by_name(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Sub", ["a", "b"], ["y"], name="S")]
+    one = graph(tmp_path / "one.onnx", nodes, {}, ("a", "b"))
+    other = graph(tmp_path / "other.onnx", nodes, {}, ("b", "a"))
+    assert anysize.bisect(one, reference=other, sizes=SIZES).ok
+    fewer = graph(tmp_path / "fewer.onnx", [helper.make_node("Neg", ["a"], ["y"])], {}, ("a",))
+    with pytest.raises(anysize.ModelLoadError, match="the reference takes a; the contract says a, b"):
+        anysize.bisect(one, reference=fewer, sizes=SIZES)
+
+
+def test_an_engine_that_cannot_read_the_graph(tmp_path: Path) -> None:
+    """It is told by its operator, whichever engine comes first; what a branch captures is saved with it."""
+    inner = helper.make_graph(
+        [helper.make_node("Mul", ["a", "a"], ["inner"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("inner", 1, None)],
+    )
+    nodes = [
+        convolution("x", "a", "A"),
+        helper.make_node("If", ["yes"], ["y"], name="Branch", then_branch=inner, else_branch=inner),
+    ]
+    good = graph(tmp_path / "good.onnx", nodes, {**KERNEL, "yes": np.array(True)})
+    nodes[1].attribute[0].g.node[0].op_type = "Add"
+    nodes[1].attribute[1].g.node[0].op_type = "Add"
+    bad = graph(tmp_path / "bad.onnx", nodes, {**KERNEL, "yes": np.array(True)})
+    report = anysize.bisect(bad, reference=good, sizes=SIZES, folder=tmp_path)
+    assert first_of(report) == {"Branch"}
+    for row in report.rows:
+        assert row.departure is not None
+        assert row.departure.alone == pytest.approx(row.departure.max_abs, rel=1e-3)
+    nodes = [
+        convolution("x", "a", "A"),
+        helper.make_node("MaxPool", ["a"], ["half", "from"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node(
+            "MaxUnpool", ["half", "from"], ["y"], name="Back", kernel_shape=[2, 2], strides=[2, 2]
+        ),
+    ]
+    file = graph(tmp_path / "unpool.onnx", nodes, KERNEL)
+    for order in (GRAPHS, GRAPHS[::-1]):
+        rows = {row.backend: row for row in anysize.bisect(file, backends=order, sizes=[(16, 8)]).rows}
+        assert rows["onnxruntime"].departure is None
+        assert rows["onnxruntime"].error is None
+        assert rows["openvino"].departure.node == "Back"
 
 
 def test_what_cannot_be_taken_apart(deep: Path, tmp_path: Path) -> None:
@@ -198,8 +330,17 @@ def test_what_cannot_be_taken_apart(deep: Path, tmp_path: Path) -> None:
         anysize.bisect(deep, backends=["torch"])
     with pytest.raises(anysize.ModelLoadError, match="takes weights and"):
         anysize.bisect(tmp_path / "net.xml")
-    with pytest.raises(anysize.OptionError, match="cannot be written"):
-        anysize.bisect(path, reference=deep, sizes=SIZES[:1], folder=tmp_path / "file")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "a\0b", 3):
+        with pytest.raises(anysize.OptionError, match="cannot be written"):
+            anysize.bisect(path, reference=deep, sizes=SIZES[:1], folder=folder)  # type: ignore[arg-type]
+    for sizes in ([], 9):
+        with pytest.raises(anysize.OptionError, match="no size"):
+            anysize.bisect(deep, sizes=sizes)  # type: ignore[arg-type]
+    with pytest.raises(anysize.OptionError, match="no engine"):
+        anysize.bisect(deep, backends=[])
+    assert {row.backend for row in anysize.bisect(deep, precision="bf16", sizes=SIZES[:1]).rows} == {
+        "openvino"
+    }
 
 
 def test_the_command(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,113 @@
+"""Sizes at which a module may do something else than the trace that was made of it.
+
+A trace is of one size. Where the module's code, or an operator's, asks about a size (`if width >= 3000`),
+PyTorch keeps what held as a condition. Here they are tried over the sizes of the contract: where one does not
+hold, the trace has to be held against the module.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from anysize.backends.base import Array
+from anysize.backends.spec import ModelSpec
+
+log = logging.getLogger("anysize")
+
+#: sides that are tried: all small ones, then those around powers of two and half as much again
+_LARGE = (side for k in range(5, 15) for side in (2**k, 3 * 2 ** (k - 1)))
+_SIDES = (*range(1, 41), *(side + d for side in _LARGE for d in (-1, 0, 1)))
+#: positions of a picture, and pictures of a batch, beyond which nothing is tried
+_MOST = 2**22
+#: as PyTorch calls the sizes of inputs
+_SYMBOL = re.compile(r"\bs\d+\b")
+#: pairs of sides that are tried together
+_PAIRS = 2000
+
+
+def branch_sizes(program: Any, spec: ModelSpec) -> list[tuple[dict[str, int], str]]:
+    """Few and small sizes of the contract that break each condition of an export, and which they break.
+
+    `program`: a `torch.export.ExportedProgram`, whose inputs are the contract's in order.
+    """
+    conditions, symbols = _conditions(program, spec)
+    if not conditions:
+        return []
+    tried = [sizes for sizes in _tried(spec, conditions) if _positions(sizes) <= _MOST]
+    tried.sort(key=_positions)
+    shapes = [spec.input_shapes(sizes) for sizes in tried]
+    values = {
+        symbol: np.array([shape[name][axis] for shape in shapes]) for symbol, (name, axis) in symbols.items()
+    }
+    chosen: dict[int, str] = {}
+    for condition in conditions:
+        broken = np.flatnonzero(~_holds(condition, values, len(tried)))
+        if broken.size and chosen.keys().isdisjoint(broken):
+            chosen[int(broken[0])] = _SYMBOL.sub(
+                lambda s: "{}.shape[{}]".format(*symbols[s[0]]), str(condition)
+            )
+    return [(tried[i], text) for i, text in chosen.items()]
+
+
+def _conditions(program: Any, spec: ModelSpec) -> tuple[list[Any], dict[str, tuple[str, int]]]:
+    """SymPy's expressions, and of which axis of which input each of their symbols is the size."""
+    symbols: dict[str, tuple[str, int]] = {}
+    environment = None
+    tensors = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"]
+    for tensor, wanted in zip(tensors[-len(spec.inputs) :], spec.inputs, strict=True):
+        for axis, size in enumerate(tensor.shape):
+            if not isinstance(size, int) and size.node.expr.is_symbol:
+                environment = size.node.shape_env
+                symbols.setdefault(str(size.node.expr), (wanted.name, axis))
+    found = [] if environment is None else [guard.expr for guard in environment.guards]
+    known = [one for one in found if {str(symbol) for symbol in one.free_symbols} <= symbols.keys()]
+    return known, symbols
+
+
+def _tried(spec: ModelSpec, conditions: list[Any]) -> Iterator[dict[str, int]]:
+    numbers = {int(n) for one in conditions for n in one.atoms() if n.is_Integer and 0 < n < _SIDES[-1]}
+    sides = sorted({*_SIDES, *(n + d for n in numbers for d in (-1, 0, 1))})
+    least = {name: dim.min for name, dim in spec.dims.items()}
+    valid = {name: [s for s in sides if dim.allows(s)] for name, dim in spec.dims.items()}
+    for name, own in valid.items():
+        for side in own:
+            yield least | {name: side}
+    rng = np.random.default_rng(0)
+    for _ in range(_PAIRS):
+        yield {name: int(own[int(len(own) * rng.random() ** 2)]) for name, own in valid.items() if own}
+
+
+def _positions(sizes: Mapping[str, int]) -> int:
+    return int(np.prod([*sizes.values()], dtype=np.int64))
+
+
+def _holds(condition: Any, values: Mapping[str, Array], count: int) -> Array:
+    """At which of so many sizes; everywhere where SymPy's text cannot be computed by NumPy."""
+    names = {
+        "Mod": np.mod,
+        "PythonMod": np.mod,
+        "FloorDiv": np.floor_divide,
+        "CleanDiv": np.floor_divide,
+        "IntTrueDiv": np.true_divide,
+        "FloatTrueDiv": np.true_divide,
+        "PowByNatural": np.power,
+        "ToFloat": np.float64,
+        "TruncToInt": np.trunc,
+        "FloorToInt": np.floor,
+        "CeilToInt": np.ceil,
+        "Max": lambda *given: np.maximum.reduce(np.broadcast_arrays(*given)),
+        "Min": lambda *given: np.minimum.reduce(np.broadcast_arrays(*given)),
+        "Eq": np.equal,
+        "Ne": np.not_equal,
+    }
+    try:
+        with np.errstate(all="ignore"):
+            found = eval(str(condition), {"__builtins__": {}, **names}, dict(values))
+    except Exception as error:
+        log.debug("a condition of the trace is not understood: %s (%s)", condition, error)
+        return np.ones(count, bool)
+    return np.broadcast_to(np.asarray(found, bool), count)

@@ -42,7 +42,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "PLKSR": ("PLKSR", {"dim": 16, "n_blocks": 2, "upscaling_factor": 2}),
     "RCAN": ("RCAN", {"scale": 2, "n_resgroups": 2, "n_resblocks": 2, "n_feats": 16}),
     "RealPLKSR": ("PLKSR", {"dim": 16, "n_blocks": 2, "upscaling_factor": 2}),
-    "RGT": ("RGT", {"img_size": 16, "embed_dim": 24, "depth": [2], "num_heads": [2]}),
+    "RGT": ("RGT", {"img_size": 16, "embed_dim": 64, "depth": [2], "num_heads": [2]}),
     "SAFMN": ("SAFMN", {"dim": 16, "n_blocks": 2, "upscaling_factor": 2}),
     "SAFMNBCIE": ("SAFMNBCIE", {"dim": 16, "n_blocks": 2, "num_layers": 2}),
     "SeemoRe": ("SeemoRe", {"scale": 2, "num_layers": 2, "embedding_dim": 16}),

@@ -302,7 +302,9 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
 def _hold_branches(program: Any, module: Any, spec: ModelSpec) -> None:
     """Raise `ExportError` where the module does something else than its trace at sizes it asks about."""
     names = [t.name for t in spec.inputs]
-    traced, own = eager(program.module(check_guards=False), names), eager(module, names)
+    graph = program.module(check_guards=False)
+    graph._forward_pre_hooks.clear()  # which hold the sizes against the trace's too
+    traced, own = eager(graph, names), eager(module, names)
     for sizes, condition in branch_sizes(program, spec):
         feeds = random_feeds(spec, sizes)
         try:

@@ -33,7 +33,7 @@ class BgrUpscaler:
             what = f"{img.dtype} of shape {img.shape}" if hasattr(img, "shape") else type(img).__name__
             raise ImageError(f"a picture of chaiNNer's is floats of shape (H, W) or (H, W, C), not {what}")
         result: Array = self.upscaler(_turned(img.astype(np.float32, copy=False)))
-        return np.ascontiguousarray(_turned(result).clip(0, 1))
+        return np.ascontiguousarray(_turned(result))
 
 
 def _turned(picture: Array) -> Array:

@@ -109,7 +109,7 @@ class AnysizeUpscale:
                     bar.update_absolute(int((i + done / total) * self._PARTS))
 
                 picture = one.detach().cpu().float().clamp(0, 1).numpy()
-                result[i] = upscale(picture, progress=progress, cancel=interrupted).clip(0, 1)
+                result[i] = upscale(picture, progress=progress, cancel=interrupted)
         except Cancelled:
             comfy.model_management.throw_exception_if_processing_interrupted()
             raise

@@ -128,10 +128,10 @@ class Work:
     def _padded(self) -> tuple[int, int]:
         """The next size the model takes, which grows at the bottom and right; the result is cropped."""
         spec, sizes = self.spec, []
-        have_both = (self.rows.height, self.rows.width)
+        wanted = [(2, self.rows.height), (3, self.rows.width)]
         if str(spec.inputs[0].shape[3]) == getattr(spec.inputs[0].shape[2], "name", None):  # squares alone
-            have_both = (max(have_both),) * 2
-        for axis, have in zip((2, 3), have_both, strict=True):
+            wanted = [(2, max(self.rows.height, self.rows.width))] * 2
+        for axis, have in wanted:
             size = spec.inputs[0].shape[axis]
             step = image_step(spec, axis)
             want = size if isinstance(size, int) else round_up(max(have, spec.dims[_name(size)].min), step)

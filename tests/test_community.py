@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import anysize
@@ -113,6 +116,72 @@ def test_squares_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(s) for s in session.spec.inputs[0].shape[2:]] == ["h >= 128, a multiple of 128", "h"]
     with pytest.raises(anysize.ShapeError, match="must be h = 128"):
         session(np.zeros((1, 3, 128, 256), np.float32))
+
+
+def test_squares_alone(picture: Callable[..., np.ndarray]) -> None:
+    """Pictures grow to the next square, by their own reflection."""
+    network = torch.nn.Conv2d(3, 3, 3, padding=1)
+    descriptor = spandrel.ImageModelDescriptor(
+        network,
+        network.state_dict(),
+        architecture=spandrel.MAIN_REGISTRY["Uformer"].architecture,
+        purpose="Restoration",
+        tags=[],
+        supports_half=False,
+        supports_bfloat16=False,
+        scale=1,
+        input_channels=3,
+        output_channels=3,
+        size_requirements=spandrel.SizeRequirements(multiple_of=16, square=True),
+    )
+    upscale = anysize.Upscaler(anysize.load(descriptor, backend="torch"))
+    for height, width, side in ((40, 64, 64), (17, 9, 32), (16, 16, 16)):
+        image = picture(height, width, 3, np.float32)
+        grown = np.pad(
+            image, ((0, side - height), (0, 0), (0, 0)), "reflect" if side < 2 * height else "edge"
+        )
+        grown = np.pad(grown, ((0, 0), (0, side - width), (0, 0)), "reflect" if side < 2 * width else "edge")
+        with torch.no_grad():
+            want = network(torch.from_numpy(grown).permute(2, 0, 1)[None])[0].permute(1, 2, 0).numpy()
+        assert np.abs(upscale(image) - want[:height, :width].clip(0, 1)).max() <= 1e-5
+
+
+def test_many_threads_load_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's exporter is not made for that; none of it may fail, or be remembered as impossible."""
+    file, problems = plksr(tmp_path), list[Exception]()
+    level = logging.getLogger("torch.onnx").level
+    options = {"cache_dir": str(tmp_path / "cache")}
+
+    def run(backend: str) -> None:
+        try:
+            anysize.load(file, backend=backend, options=options)
+        except Exception as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in (*ENGINES, "auto") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert anysize.load(file, options=options).stats.fallbacks == []
+    assert logging.getLogger("torch.onnx").level == level
+
+
+def test_while_another_thread_imports_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spandrel", ModuleType("spandrel"))
+    assert anysize.load(torch.nn.Conv2d(3, 3, 1), backend="torch").backend == "torch"
+
+
+def test_descriptors_that_cannot_be_taken_over(tmp_path: Path) -> None:
+    for change in (
+        lambda network: setattr(network, "lock", threading.Lock()) or network,
+        lambda network: torch.jit.trace(network, torch.zeros(1, 3, 8, 8)),
+    ):
+        descriptor = spandrel.ModelLoader().load_from_file(plksr(tmp_path))
+        descriptor._model = change(descriptor.model)
+        with pytest.raises(anysize.ModelLoadError, match="cannot be taken over"):
+            anysize.load(descriptor)
 
 
 def test_advice_against_tiles_is_followed(tmp_path: Path, picture: Callable[..., np.ndarray]) -> None:

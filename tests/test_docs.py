@@ -250,7 +250,8 @@ def command(where: str, words: list[str]) -> None:
         case ["pip", "install", "--no-deps", *names]:
             extras = str(PROJECT["optional-dependencies"])  # einops is what spandrel takes
             assert all(name == "einops" or name in extras for name in names), where
-        case ["pip", "install", what]:
+        case ["pip", "install", what, *others]:
+            assert set(others) <= {"pytest"}, where
             extras = re.fullmatch(r"(?:anysize|\.)\[(.+)\]", what)
             assert extras, f"{where}: {what}"
             assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"]), where

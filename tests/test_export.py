@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import anysize
@@ -251,6 +252,38 @@ def test_verification_catches_a_lying_contract(toybox: ToyBox) -> None:
     lie = Model(onnx.format, onnx.data, toys.image_spec())  # any size, it says
     with pytest.raises(ExportError, match="the module does not run at"):
         verify(module, lie, [get_backend(e) for e in GRAPH_ENGINES])
+
+
+class Asks(nn.Module):
+    """Does something else from some size on, which no small example shows."""
+
+    def __init__(self, large: Callable[[int, int], bool]) -> None:
+        super().__init__()
+        self.large = large
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.convolution(x)
+        return y * 0.5 if self.large(x.shape[2], x.shape[3]) else y
+
+
+@pytest.mark.parametrize(
+    ("large", "condition"),
+    [
+        (lambda h, w: w >= 3000, r"x\.shape\[3\] < 3000"),
+        (lambda h, w: h * w > 20000, r"x\.shape\[\d\]\*x\.shape\[\d\] <= 20000"),
+        (lambda h, w: h == 777, r"Ne\(x\.shape\[2\], 777\)"),
+        (lambda h, w: w % 50 == 0, r"Ne\(Mod\(x\.shape\[3\], 50\), 0\)"),
+        (lambda h, w: 100 < w < 200, r"x\.shape\[3\] <= 100"),
+    ],
+)
+def test_a_module_that_asks_about_sizes(
+    tmp_path: Path, large: Callable[[int, int], bool], condition: str
+) -> None:
+    """Its trace is of one answer alone."""
+    with pytest.raises(ExportError, match=f"trace holds only where {condition}; at .* differs from eager"):
+        export(Asks(large), tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
+    assert not list(tmp_path.iterdir())
 
 
 class Sorts(nn.Module):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array
+from anysize.backends.errors import ExportError
 from anysize.backends.spec import ModelSpec
 
 log = logging.getLogger("anysize")
@@ -21,7 +22,7 @@ log = logging.getLogger("anysize")
 #: sides that are tried: all small ones, then those around powers of two and half as much again
 _LARGE = (side for k in range(5, 15) for side in (2**k, 3 * 2 ** (k - 1)))
 _SIDES = (*range(1, 41), *(side + d for side in _LARGE for d in (-1, 0, 1)))
-#: positions of a picture, and pictures of a batch, beyond which nothing is tried
+#: positions of a picture, and pictures of a batch, beyond which nothing is run
 _MOST = 2**22
 #: as PyTorch calls the sizes of inputs
 _SYMBOL = re.compile(r"\bs\d+\b")
@@ -32,13 +33,13 @@ _PAIRS = 2000
 def branch_sizes(program: Any, spec: ModelSpec) -> list[tuple[dict[str, int], str]]:
     """Few and small sizes of the contract that break each condition of an export, and which they break.
 
-    `program`: a `torch.export.ExportedProgram`, whose inputs are the contract's in order.
+    `program`: a `torch.export.ExportedProgram`, whose inputs are the contract's in order. Raises
+    `ExportError` for a condition that only pictures too large to be tried break.
     """
     conditions, symbols = _conditions(program, spec)
     if not conditions:
         return []
-    tried = [sizes for sizes in _tried(spec, conditions) if _positions(sizes) <= _MOST]
-    tried.sort(key=_positions)
+    tried = sorted(_tried(spec, conditions), key=_positions)
     shapes = [spec.input_shapes(sizes) for sizes in tried]
     values = {
         symbol: np.array([shape[name][axis] for shape in shapes]) for symbol, (name, axis) in symbols.items()
@@ -46,10 +47,12 @@ def branch_sizes(program: Any, spec: ModelSpec) -> list[tuple[dict[str, int], st
     chosen: dict[int, str] = {}
     for condition in conditions:
         broken = np.flatnonzero(~_holds(condition, values, len(tried)))
-        if broken.size and chosen.keys().isdisjoint(broken):
-            chosen[int(broken[0])] = _SYMBOL.sub(
-                lambda s: "{}.shape[{}]".format(*symbols[s[0]]), str(condition)
-            )
+        if not broken.size or not chosen.keys().isdisjoint(broken):
+            continue
+        text = _SYMBOL.sub(lambda s: "{}.shape[{}]".format(*symbols[s[0]]), str(condition))
+        if _positions(tried[broken[0]]) > _MOST:
+            raise ExportError(f"the trace holds only where {text}; larger pictures were not tried")
+        chosen[int(broken[0])] = text
     return [(tried[i], text) for i, text in chosen.items()]
 
 
@@ -69,7 +72,7 @@ def _conditions(program: Any, spec: ModelSpec) -> tuple[list[Any], dict[str, tup
 
 
 def _tried(spec: ModelSpec, conditions: list[Any]) -> Iterator[dict[str, int]]:
-    numbers = {int(n) for one in conditions for n in one.atoms() if n.is_Integer and 0 < n < _SIDES[-1]}
+    numbers = {int(n) for one in conditions for n in one.atoms() if n.is_Integer and 0 < n < _MOST}
     sides = sorted({*_SIDES, *(n + d for n in numbers for d in (-1, 0, 1))})
     least = {name: dim.min for name, dim in spec.dims.items()}
     valid = {name: [s for s in sides if dim.allows(s)] for name, dim in spec.dims.items()}

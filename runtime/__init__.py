@@ -93,11 +93,13 @@ def as_module(
     """A `torch.nn.Module` with the original's call signature that runs `session`; needs torch.
 
     `like`: the model that the session was made from, whose class, attributes, config, arguments and results
-    the module then has; its weights may be let go. Both are run at two sizes and must agree, where the model
-    is not of diffusers. Of one of those with several parts, `session` names one or more (`{"encoder": ...,
-    "decoder": ...}`); parts without a session stay as they are.
+    the module then has; its weights may be let go. Both are run at small sizes and must agree within 1 % of
+    the largest value, or 10 % where either is not in f32; a model of diffusers is held so where it has
+    weights, and positions for any size. Of one with several parts, `session` names one or more (`{"encoder":
+    ..., "decoder": ...}`); parts without a session stay as they are.
     Without `like`: arguments as the contract has them; one tensor as the result, or a tuple.
-    Raises `OptionError` where a session is not of that model, or a call brings an argument it does not take.
+    Raises `OptionError` where a session is not of that model, and later where a call brings an argument it
+    does not take, or a backward pass reaches it; what `Session.run` raises where the engine fails.
     """
     try:
         from anysize.torch_module import module

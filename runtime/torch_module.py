@@ -85,13 +85,14 @@ def module(session: Session | Mapping[str, Session], like: torch.nn.Module | Non
 
 
 def _of_one(session: Session, like: torch.nn.Module) -> torch.nn.Module:
-    """A twin of any module, whose results are put together as a run at the smallest sizes shows."""
+    """A twin of any module, whose results are put together as runs at small sizes show."""
     kind, names = type(like).__name__, [t.name for t in session.spec.inputs]
     signature = inspect.signature(type(like).forward.__get__(like))
     if others := [name for name in names if name not in signature.parameters]:
         raise OptionError(f"the session takes {', '.join(others)}, and {kind}'s forward does not")
     original = private_copy(like, share=True)
-    results = [_empty_result(original, session, sides, _dtype(like)) for sides in _PROBED]
+    with session.alone() as trial:  # whose programs for these sizes go again
+        results = [_empty_result(original, trial, sides, _dtype(like)) for sides in _PROBED]
     if others := [other for other in results if other != results[0]]:
         given = f"{results[0]}, {others[0]}"
         raise OptionError(f"what {kind} returns beside tensors depends on the input: {given}")
@@ -149,9 +150,8 @@ def _hold(
 ) -> None:
     """Raise `OptionError` unless the session gives what the model, whose weights are of `dtype`, gave."""
     want = [result.detach().cpu().double().numpy() for result in results]
-    with session.alone() as trial:  # whose programs for these sizes go again
-        got = [array.astype(np.float64) for array in trial.run(feeds).values()]
-        exact = trial.precision == "f32" and dtype in (torch.float32, torch.float64)
+    got = [array.astype(np.float64) for array in session.run(feeds).values()]
+    exact = session.precision == "f32" and dtype in (torch.float32, torch.float64)
     shapes = [[array.shape for array in arrays] for arrays in (got, want)]
     text = f"the session is not of this {type(model).__name__}: at {sizes} it "
     if shapes[0] != shapes[1]:
@@ -222,7 +222,8 @@ def _hold_part(session: Session, recipe: Recipe, like: torch.nn.Module, steps: S
     tensors = [torch.tensor(array, device=weight.device) for array in feeds.values()]
     tensors = [t.to(weight.dtype) if t.is_floating_point() else t for t in tensors]
     want = _original(partial(Part(like, recipe), *tensors), like, sizes)
-    _hold(session, feeds, [want], like, sizes, weight.dtype)
+    with session.alone() as trial:  # whose program for this size goes again
+        _hold(trial, feeds, [want], like, sizes, weight.dtype)
 
 
 def _steps(model: torch.nn.Module, recipe: Recipe) -> list[str]:

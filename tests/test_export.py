@@ -275,6 +275,7 @@ class Asks(nn.Module):
         (lambda h, w: h == 777, r"Ne\(x\.shape\[2\], 777\)"),
         (lambda h, w: w % 50 == 0, r"Ne\(Mod\(x\.shape\[3\], 50\), 0\)"),
         (lambda h, w: 100 < w < 200, r"x\.shape\[3\] <= 100"),
+        (lambda h, w: w > 10**6, r"x\.shape\[3\] <= 1000000"),
     ],
 )
 def test_a_module_that_asks_about_sizes(
@@ -284,6 +285,11 @@ def test_a_module_that_asks_about_sizes(
     with pytest.raises(ExportError, match=f"trace holds only where {condition}; at .* differs from eager"):
         export(Asks(large), tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_asks_about_sizes_too_large_to_try(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="larger pictures were not tried"):
+        export(Asks(lambda h, w: h * w > 2**24), tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
 
 
 class Sorts(nn.Module):

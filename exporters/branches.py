@@ -2,19 +2,19 @@
 
 A trace is of one size. Where the module's code, or an operator's, asks about a size (`if width >= 3000`),
 PyTorch keeps what held as a condition. Here they are tried over the sizes of the contract: where one does not
-hold, the trace has to be held against the module.
+hold, what was exported has to be held against the module. It may well be right: many conditions are those of
+PyTorch's own operators.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import ExportError
 from anysize.backends.spec import ModelSpec
 
 log = logging.getLogger("anysize")
@@ -30,11 +30,15 @@ _SYMBOL = re.compile(r"\bs\d+\b")
 _PAIRS = 2000
 
 
-def branch_sizes(program: Any, spec: ModelSpec) -> list[tuple[dict[str, int], str]]:
+#: sizes, and the condition that they break
+Branches = Sequence[tuple[dict[str, int], str]]
+
+
+def branch_sizes(program: Any, spec: ModelSpec) -> Branches:
     """Few and small sizes of the contract that break each condition of an export, and which they break.
 
-    `program`: a `torch.export.ExportedProgram`, whose inputs are the contract's in order. Raises
-    `ExportError` for a condition that only pictures too large to be tried break.
+    `program`: a `torch.export.ExportedProgram`, whose inputs are the contract's in order. A condition that
+    only pictures too large to be tried break (operators ask about 2^31 values) is left out, and logged.
     """
     conditions, symbols = _conditions(program, spec)
     if not conditions:
@@ -51,8 +55,9 @@ def branch_sizes(program: Any, spec: ModelSpec) -> list[tuple[dict[str, int], st
             continue
         text = _SYMBOL.sub(lambda s: "{}.shape[{}]".format(*symbols[s[0]]), str(condition))
         if _positions(tried[broken[0]]) > _MOST:
-            raise ExportError(f"the trace holds only where {text}; larger pictures were not tried")
-        chosen[int(broken[0])] = text
+            log.info("the trace holds only where %s; larger pictures were not tried", text)
+        else:
+            chosen[int(broken[0])] = text
     return [(tried[i], text) for i, text in chosen.items()]
 
 

@@ -30,7 +30,7 @@ from anysize.backends import (
 )
 from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
-from anysize.exporters.branches import branch_sizes
+from anysize.exporters.branches import Branches, branch_sizes
 from anysize.exporters.probing import Templates, clip, noise, probe
 from anysize.exporters.radius import Run
 from anysize.exporters.translations import translations
@@ -82,11 +82,11 @@ def export(
     spec = replace(spec, source_sha256=source_sha256)
     with _temporary_folder(folder) as temporary:
         file = temporary / path.name
-        model = to_onnx(module, spec, file.with_suffix(".onnx"))
+        model, branches = to_onnx(module, spec, file.with_suffix(".onnx"))
         if path.suffix == ".xml":
             model = _to_openvino(model, file)
         takers = [get_backend(n) for n in available_backends()]
-        verify(module, model, [b for b in takers if model.format in b.formats])
+        verify(module, model, [b for b in takers if model.format in b.formats], branches)
         for made in sorted(temporary.iterdir(), key=lambda f: f.suffix == path.suffix):
             if path.suffix == ".onnx" or made.suffix in (".bin", ".xml"):
                 os.replace(made, path.parent / made.name)  # the named file comes last
@@ -229,10 +229,10 @@ def probe_module(
     return replace(spec, producer=f"torch {torch.__version__}" + (f"; {note}" if note else ""))
 
 
-def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
+def to_onnx(module: Any, spec: ModelSpec, path: Path) -> tuple[Model, Branches]:
     """Export to `path`, the contract embedded; the model holds the bytes where the file stands alone.
 
-    Not verified: see `verify`. Raises `ExportError`.
+    Not verified: see `verify`, which takes the second result too. Raises `ExportError`.
     """
     try:
         import onnx
@@ -283,7 +283,6 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     except Exception as error:  # the exporter's own classes are many and private
         raise ExportError(f"torch cannot export this module: {_why(error)}") from error
     assert exported is not None
-    _hold_branches(program, Flat(), spec)
     weights = exported.model.graph.initializers.values()
     alone = sum(w.const_value.nbytes for w in weights if w.const_value is not None) < ONE_FILE
     if alone:
@@ -296,23 +295,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> Model:
     _name_outputs(onnx, proto.graph, [t.name for t in spec.outputs])
     _declare(proto, spec)
     onnx.save_model(proto, path)
-    return Model("onnx", path.read_bytes() if alone else path, spec)
-
-
-def _hold_branches(program: Any, module: Any, spec: ModelSpec) -> None:
-    """Raise `ExportError` where the module does something else than its trace at sizes it asks about."""
-    names = [t.name for t in spec.inputs]
-    graph = program.module(check_guards=False)
-    graph._forward_pre_hooks.clear()  # which hold the sizes against the trace's too
-    traced, own = eager(graph, names), eager(module, names)
-    for sizes, condition in branch_sizes(program, spec):
-        feeds = random_feeds(spec, sizes)
-        try:
-            got, want = traced(feeds), own(feeds)
-        except Exception as error:  # what neither can do, such as a view of what has one row only
-            log.debug("the trace was not held against the module at %s: %s", sizes, error)
-            continue
-        _compare(got, want, f"the trace holds only where {condition}; at {sizes}")
+    return Model("onnx", path.read_bytes() if alone else path, spec), branch_sizes(program, spec)
 
 
 def _why(error: BaseException) -> str:
@@ -428,23 +411,28 @@ def random_feeds(spec: ModelSpec, sizes: Mapping[str, int], seed: int = 0) -> di
     return {t.name: noise(t, sizes, spec.value_range, rng) for t in spec.inputs}
 
 
-def verify(module: Any, model: Model, backends: Sequence[Backend]) -> None:
-    """Hold each engine, with fixed and with open shapes, against eager. Raises `ExportError`."""
+def verify(module: Any, model: Model, backends: Sequence[Backend], branches: Branches = ()) -> None:
+    """Hold each engine, with fixed and with open shapes, against eager. Raises `ExportError`.
+
+    `branches`: sizes, of open shapes alone, at which the module may do something else than its trace.
+    """
     spec = model.spec
     assert spec is not None
     reference = eager(module, [t.name for t in spec.inputs])
+    usual = [(sizes, "") for sizes in verification_sizes(spec)]
+    more = [(sizes, f", where the trace's {condition} does not hold") for sizes, condition in branches]
     cases = []
-    for sizes in verification_sizes(spec):
+    for sizes, note in usual + more:
         feeds = random_feeds(spec, sizes)
         try:
-            cases.append((sizes, feeds, reference(feeds)))
+            cases.append((sizes, note, feeds, reference(feeds)))
         except Exception as error:  # whatever the module raises
             raise ExportError(f"the module does not run at {dict(sizes)}: {error}") from error
     for backend in backends:
         for fixed in (False, True)[: 1 + backend.prefers_static]:
             program: Executable | None = None
-            for sizes, feeds, want in cases:
-                where = f"{backend.name} at {dict(sizes)}"
+            for sizes, note, feeds, want in cases[: len(usual) if fixed else None]:
+                where = f"{backend.name} at {dict(sizes)}{note}"
                 try:
                     if fixed or program is None:
                         program = None  # one at a time: each may hold a copy of the weights

@@ -274,10 +274,10 @@ def _converted(module: Any, spec: ModelSpec, backend: Backend) -> Model:
     if sum(weight.nbytes for weight in module.parameters()) > ONE_FILE:
         raise ModelLoadError(too_large)
     with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
-        model = to_onnx(module, spec, Path(folder) / "model.onnx")
+        model, branches = to_onnx(module, spec, Path(folder) / "model.onnx")
         if isinstance(model.data, Path):
             raise ModelLoadError(too_large)
-    verify(module, model, [backend])
+    verify(module, model, [backend], branches)
     return model
 
 
@@ -295,7 +295,7 @@ def as_graph(source: Source, backend: Backend) -> tuple[Model, Any]:
     if form == "module":
         module, spec = _probed(source)
         with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
-            return to_onnx(module, spec, Path(folder) / "model.onnx"), module
+            return to_onnx(module, spec, Path(folder) / "model.onnx")[0], module
     if form != "onnx":
         raise ModelLoadError(f"{source}: takes weights and .onnx files")
     assert isinstance(source, (str, os.PathLike))

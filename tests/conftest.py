@@ -66,7 +66,7 @@ class ToyBox:
             file, contract = self.folder / f"{key}.onnx", self.folder / f"{key}.json"
             if not file.exists():
                 spec = probe_module(module, input_templates(module, [("n", 3, "h", "w")])[0])
-                exported = to_onnx(module, spec, self.own / file.name).spec
+                exported = to_onnx(module, spec, self.own / file.name)[0].spec
                 assert exported is not None
                 (self.own / contract.name).write_text(exported.to_json())
                 for made in (contract, file):

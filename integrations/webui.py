@@ -12,7 +12,6 @@ modules/modelloader.py of both.
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,10 @@ class UpscalerAnysize(Upscaler):  # type: ignore[misc]  # the host's, found by i
         super().__init__()
         self._lock, self._loaded = threading.Lock(), dict[str, anysize.Upscaler]()
         files: list[Path] = []
-        for folder in dict.fromkeys((os.path.join(shared.models_path, self.name), dirname or "")):
-            if os.path.isdir(folder):  # the host catches nothing here
-                files += sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in (*WEIGHTS, *GRAPHS))
+        folders = [Path(shared.models_path, self.name), *([Path(dirname)] if dirname else [])]
+        for folder in dict.fromkeys(folder.resolve() for folder in folders):
+            if folder.is_dir():  # the host catches nothing here
+                files += sorted(p for p in folder.iterdir() if p.suffix.lower() in (*WEIGHTS, *GRAPHS))
         models = {"default": "default"}
         for file in files:  # SD.Next has nothing but the name to choose by
             names = (file.stem, file.name, str(file))

@@ -142,7 +142,8 @@ def test_webui_upscales(webui: Any, toybox: ToyBox, picture: Picture) -> None:
     assert nearest.scaler.do_upscale(image, nearest.data_path) is image
     with pytest.raises(anysize.ModelLoadError, match="no model is called 'other'"):
         nearest.scaler.do_upscale(image, "other")
-    assert len(webui.scalers(str(folder))) == 2  # not twice
+    for spelled in (str(folder), f"{folder}/", f"{folder}/../anysize"):
+        assert len(webui.scalers(spelled)) == 2  # not twice
 
 
 def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> None:

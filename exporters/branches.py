@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.spec import ModelSpec
+from anysize.backends.spec import Dim, ModelSpec
 
 log = logging.getLogger("anysize")
 
@@ -79,14 +79,21 @@ def _conditions(program: Any, spec: ModelSpec) -> tuple[list[Any], dict[str, tup
 def _tried(spec: ModelSpec, conditions: list[Any]) -> Iterator[dict[str, int]]:
     numbers = {int(n) for one in conditions for n in one.atoms() if n.is_Integer and 0 < n < _MOST}
     sides = sorted({*_SIDES, *(n + d for n in numbers for d in (-1, 0, 1))})
-    least = {name: dim.min for name, dim in spec.dims.items()}
+    first = spec.inputs[0].shape
+    batch = first[0].name if len(first) > 1 and isinstance(first[0], Dim) else ""
+    # at the least sizes normalisations have next to nothing to normalise, and many pictures of it show noise
+    base = {n: dim.min if n == batch else dim.ceil(dim.min + 6) for n, dim in spec.dims.items()}
     valid = {name: [s for s in sides if dim.allows(s)] for name, dim in spec.dims.items()}
     for name, own in valid.items():
         for side in own:
-            yield least | {name: side}
+            yield base | {name: side}
     rng = np.random.default_rng(0)
     for _ in range(_PAIRS):
-        yield {name: int(own[int(len(own) * rng.random() ** 2)]) for name, own in valid.items() if own}
+        yield base | {
+            name: own[int(len(own) * rng.random() ** 2)]
+            for name, own in valid.items()
+            if own and name != batch
+        }
 
 
 def _positions(sizes: Mapping[str, int]) -> int:

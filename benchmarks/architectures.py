@@ -2,7 +2,7 @@
 
 `make bench-architectures` builds small networks of spandrel's classes with random weights, saves and loads
 each as a file, and compares the engines at sizes that no export used. Writes docs/architectures.md; exit code
-1 if an engine gives another result than PyTorch, or a file does not load. Takes ten minutes.
+1 if an engine gives another result than PyTorch, or a file does not load.
 """
 
 from __future__ import annotations

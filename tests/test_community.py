@@ -106,7 +106,7 @@ def test_size_requirements_are_the_contract(tmp_path: Path) -> None:
     assert upscale(np.zeros((7, 21, 3), np.uint8)).shape == (14, 42, 3)
 
 
-def test_squares_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_squares_of_many() -> None:
     """Uformer takes squares of multiples of 128; of the network a convolution is enough."""
     module = importlib.import_module("spandrel.architectures.Uformer")
     network = module.Uformer(img_size=128, embed_dim=4, depths=[1] * 9, num_heads=[1] * 9)
@@ -146,7 +146,7 @@ def test_squares_alone(picture: Callable[..., np.ndarray]) -> None:
         assert np.abs(upscale(image) - want[:height, :width].clip(0, 1)).max() <= 1e-5
 
 
-def test_many_threads_load_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_threads_load_one_file(tmp_path: Path) -> None:
     """PyTorch's exporter is not made for that; none of it may fail, or be remembered as impossible."""
     file, problems = plksr(tmp_path), list[Exception]()
     level = logging.getLogger("torch.onnx").level

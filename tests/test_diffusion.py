@@ -159,7 +159,7 @@ def test_all_models_of_a_pipeline_are_swapped_or_none(shelf: Shelf) -> None:
     for wrong, text in (
         ({"unet": session, "transformer": session}, "has no transformer"),
         ({}, "nothing to swap"),
-        ({"unet": session, "vae": session}, ""),
+        ({"unet": session, "vae": session}, "AutoencoderKL has several parts"),
     ):
         with pytest.raises(OptionError, match=text):
             swap(pipe, **wrong)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.spec import Dim, ModelSpec
+from anysize.backends.spec import ModelSpec
+from anysize.exporters.probing import batch_axis
 
 log = logging.getLogger("anysize")
 
@@ -79,8 +80,7 @@ def _conditions(program: Any, spec: ModelSpec) -> tuple[list[Any], dict[str, tup
 def _tried(spec: ModelSpec, conditions: list[Any]) -> Iterator[dict[str, int]]:
     numbers = {int(n) for one in conditions for n in one.atoms() if n.is_Integer and 0 < n < _MOST}
     sides = sorted({*_SIDES, *(n + d for n in numbers for d in (-1, 0, 1))})
-    first = spec.inputs[0].shape
-    batch = first[0].name if len(first) > 1 and isinstance(first[0], Dim) else ""
+    batch = batch_axis(spec)
     # at the least sizes normalisations have next to nothing to normalise, and many pictures of it show noise
     base = {n: dim.min if n == batch else dim.ceil(dim.min + 6) for n, dim in spec.dims.items()}
     valid = {name: [s for s in sides if dim.allows(s)] for name, dim in spec.dims.items()}

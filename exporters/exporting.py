@@ -31,7 +31,7 @@ from anysize.backends import (
 from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
 from anysize.exporters.branches import Branches, branch_sizes
-from anysize.exporters.probing import Templates, clip, noise, probe
+from anysize.exporters.probing import Templates, batch_axis, clip, noise, probe
 from anysize.exporters.radius import Run
 from anysize.exporters.translations import translations
 
@@ -247,7 +247,7 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> tuple[Model, Branches]:
     from anysize.backends.pytorch import flatten_outputs
 
     # Batch 2 and odd sizes where allowed: an exporter that bakes a size in is then caught by verification.
-    batch = _batch(spec)
+    batch = batch_axis(spec)
     # What a model does at odd sizes alone, such as cropping what it padded, is right at even ones as well.
     wanted = {n: 2 if n == batch else (d.min + 6 + 14 * i) | 1 for i, (n, d) in enumerate(spec.dims.items())}
     sizes = {n: clip(d, wanted[n]) for n, d in spec.dims.items()}
@@ -378,7 +378,7 @@ def _quiet() -> Iterator[None]:
 
 def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
     """Valid sizes not used in the export: the lower bound, two non-square ones, one with a batch."""
-    spatial = [n for n in spec.dims if n != _batch(spec)]
+    spatial = [n for n in spec.dims if n != batch_axis(spec)]
     wanted = [
         dict.fromkeys(spec.dims, 1),
         dict(zip(spatial, (29, 23, 31, 37), strict=False)),
@@ -393,15 +393,9 @@ def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
     return chosen
 
 
-def _batch(spec: ModelSpec) -> str:
-    """The name of the batch axis; "" where batches have a fixed size."""
-    first = spec.inputs[0].shape
-    return first[0].name if len(first) > 1 and isinstance(first[0], Dim) else ""
-
-
 def sizes_near(spec: ModelSpec, side: int) -> dict[str, int]:
     """Valid sizes of the free axes: the batch its least, all others about `side`."""
-    batch = _batch(spec)
+    batch = batch_axis(spec)
     return {n: d.min if n == batch else d.floor(max(side, d.min)) for n, d in spec.dims.items()}
 
 

@@ -307,6 +307,12 @@ def _joint_sizes(dims: Mapping[str, Dim], batch: Sequence[str]) -> list[dict[str
     return joints
 
 
+def batch_axis(spec: ModelSpec) -> str:
+    """The name of the batch axis; "" where batches have a fixed size."""
+    first = spec.inputs[0].shape
+    return first[0].name if len(first) > 1 and isinstance(first[0], Dim) else ""
+
+
 def clip(dim: Dim, size: int) -> int:
     """The valid size at or above `size`, or below it where there is none above."""
     above = dim.ceil(size)

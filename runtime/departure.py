@@ -522,18 +522,13 @@ class _Search:
         names = {name: f"input_{i}" for i, name in enumerate(own_names)} | {
             name: name for name in _taken(node) if name not in own_names
         }
-        others: Mapping[str, Array] = {}
-        if any(name not in weights and name not in case.values for name in names):  # not in the reference
-            others = self.evaluated(self.proto, case.feeds, "the graph")
+        values = {name: case.values[name] for name in names if name in case.values}
+        values |= {name: arrays.to_array(weights[name]) for name in names if name in weights}
+        if values.keys() != names.keys():  # the reference lacks some
+            values = {**self.evaluated(self.proto, case.feeds, "the graph"), **values}
         initial, ports, inputs = [], [], {}
         for name, new in names.items():
-            value = (
-                arrays.to_array(weights[name])
-                if name in weights
-                else case.values[name]
-                if name in case.values
-                else others[name]
-            )
+            value = values[name]
             # engines want to know weights, sizes and axes
             if name in weights or name in fixed or value.dtype.kind in "iub":
                 initial.append(arrays.from_array(value, new))

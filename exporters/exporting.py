@@ -30,9 +30,11 @@ from anysize.backends import (
 )
 from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
-from anysize.exporters.branches import Branches, branch_sizes
+from anysize.exporters.branches import Doubts, breaking_sizes
+from anysize.exporters.cost import working_bytes
 from anysize.exporters.probing import Templates, batch_axis, clip, noise, probe
 from anysize.exporters.radius import Run
+from anysize.exporters.replay import doubtful_sizes
 from anysize.exporters.translations import translations
 
 log = logging.getLogger("anysize")
@@ -44,6 +46,8 @@ OPSET = 18
 TOLERANCE = 1e-4
 #: bytes of weights that fit into one file: a protobuf message has less than 2 GiB, some for the graph
 ONE_FILE = 2**31 - 2**27
+#: the most memory that a run to hold an export against its module may take, by an estimate
+TRIED_BYTES = 2**31
 
 #: what describes one input: an example tensor or array, or its shape with names for the free axes
 InputLike = Any
@@ -82,11 +86,11 @@ def export(
     spec = replace(spec, source_sha256=source_sha256)
     with _temporary_folder(folder) as temporary:
         file = temporary / path.name
-        model, branches = to_onnx(module, spec, file.with_suffix(".onnx"))
+        model, doubts = to_onnx(module, spec, file.with_suffix(".onnx"))
         if path.suffix == ".xml":
             model = _to_openvino(model, file)
         takers = [get_backend(n) for n in available_backends()]
-        verify(module, model, [b for b in takers if model.format in b.formats], branches)
+        verify(module, model, [b for b in takers if model.format in b.formats], doubts)
         for made in sorted(temporary.iterdir(), key=lambda f: f.suffix == path.suffix):
             if path.suffix == ".onnx" or made.suffix in (".bin", ".xml"):
                 os.replace(made, path.parent / made.name)  # the named file comes last
@@ -229,10 +233,11 @@ def probe_module(
     return replace(spec, producer=f"torch {torch.__version__}" + (f"; {note}" if note else ""))
 
 
-def to_onnx(module: Any, spec: ModelSpec, path: Path) -> tuple[Model, Branches]:
+def to_onnx(module: Any, spec: ModelSpec, path: Path) -> tuple[Model, Doubts]:
     """Export to `path`, the contract embedded; the model holds the bytes where the file stands alone.
 
-    Not verified: see `verify`, which takes the second result too. Raises `ExportError`.
+    Not verified: see `verify`, which takes the second result too. Raises `ExportError`, also where the module
+    does something else at sizes too large to be tried.
     """
     try:
         import onnx
@@ -295,7 +300,18 @@ def to_onnx(module: Any, spec: ModelSpec, path: Path) -> tuple[Model, Branches]:
     _name_outputs(onnx, proto.graph, [t.name for t in spec.outputs])
     _declare(proto, spec)
     onnx.save_model(proto, path)
-    return Model("onnx", path.read_bytes() if alone else path, spec), branch_sizes(program, spec)
+    model = Model("onnx", path.read_bytes() if alone else path, spec)
+
+    def fits(sizes: dict[str, int]) -> bool:
+        return (working_bytes(model, sizes) or 0) <= TRIED_BYTES
+
+    with _exporting, _quiet():
+        doubts = doubtful_sizes(module, program, spec, sizes)
+    for found, note in doubts:
+        if not fits(found):
+            raise ExportError(f"at {found}{note}, which is too large to try")
+    # a condition says more of why, so its sizes come first
+    return model, [*breaking_sizes(program, spec, fits), *doubts]
 
 
 def _why(error: BaseException) -> str:
@@ -364,16 +380,18 @@ def _to_openvino(model: Model, path: Path) -> Model:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about packages and internals that do not concern the caller."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """PyTorch tells of packages, internals and failed attempts, which do not concern the caller."""
+    loggers = [logging.getLogger(f"torch.{part}") for part in ("onnx", "_subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def verification_sizes(spec: ModelSpec) -> list[dict[str, int]]:
@@ -405,18 +423,17 @@ def random_feeds(spec: ModelSpec, sizes: Mapping[str, int], seed: int = 0) -> di
     return {t.name: noise(t, sizes, spec.value_range, rng) for t in spec.inputs}
 
 
-def verify(module: Any, model: Model, backends: Sequence[Backend], branches: Branches = ()) -> None:
+def verify(module: Any, model: Model, backends: Sequence[Backend], doubts: Doubts = ()) -> None:
     """Hold each engine, with fixed and with open shapes, against eager. Raises `ExportError`.
 
-    `branches`: sizes, of open shapes alone, at which the module may do something else than its trace.
+    `doubts`: more sizes, of open shapes alone, each with words about why.
     """
     spec = model.spec
     assert spec is not None
     reference = eager(module, [t.name for t in spec.inputs])
     usual = [(sizes, "") for sizes in verification_sizes(spec)]
-    more = [(sizes, f", where the trace's {condition} does not hold") for sizes, condition in branches]
     cases = []
-    for sizes, note in usual + more:
+    for sizes, note in [*usual, *doubts]:
         feeds = random_feeds(spec, sizes)
         try:
             cases.append((sizes, note, feeds, reference(feeds)))

@@ -274,10 +274,10 @@ def _converted(module: Any, spec: ModelSpec, backend: Backend) -> Model:
     if sum(weight.nbytes for weight in module.parameters()) > ONE_FILE:
         raise ModelLoadError(too_large)
     with tempfile.TemporaryDirectory(prefix="anysize-") as folder:
-        model, branches = to_onnx(module, spec, Path(folder) / "model.onnx")
+        model, doubts = to_onnx(module, spec, Path(folder) / "model.onnx")
         if isinstance(model.data, Path):
             raise ModelLoadError(too_large)
-    verify(module, model, [backend], branches)
+    verify(module, model, [backend], doubts)
     return model
 
 

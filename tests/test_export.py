@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from anysize.exporters import export
 from anysize.exporters.exporting import verification_sizes, verify
 from conftest import ENGINES, ToyBox
 from torch import nn
+from torch.nn import functional as F
 
 GRAPH_ENGINES = [e for e in ENGINES if e != "torch"]
 
@@ -286,6 +288,121 @@ def test_a_module_that_asks_about_sizes(
     with pytest.raises(ExportError, match=f"at .*, where the trace's {condition} does not hold: .* differs"):
         export(Asks(large), tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
     assert not list(tmp_path.iterdir())
+
+
+def _cropped(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    h, w = x.shape[2:]
+    if h % 8 or w % 8:
+        x = F.pad(x, (0, 8 - w % 8, 0, 8 - h % 8), mode="replicate")
+    y: torch.Tensor = convolution(x)
+    return y[:, :, :h, :w]
+
+
+def _in_strips(convolution: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([convolution(x[:, :, top : top + 256]) for top in range(0, x.shape[2], 256)], 2)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(_cropped, id="padded unless both are multiples"),
+        pytest.param(_in_strips, id="in a loop over strips"),
+        *(
+            pytest.param(lambda c, x, ask=ask: c(x) * 0.5 if ask(*x.shape) else c(x), id=name)
+            for name, ask in {
+                "two at once": lambda n, c, h, w: h > 512 and w > 512,
+                "one pair": lambda n, c, h, w: (h, w) == (64, 64),
+                "nested": lambda n, c, h, w: w >= 128 if h >= 128 else False,
+                "a chain": lambda n, c, h, w: 1.7 < w / h < 1.8,
+                "a root": lambda n, c, h, w: (h * w) ** 0.5 > 100,
+                "a logarithm": lambda n, c, h, w: math.log2(h) >= 8,
+                "a divisor": lambda n, c, h, w: math.gcd(h, w) >= 64,
+                "its text": lambda n, c, h, w: f"{h}x{w}" in ("256x256", "512x512"),
+                "its kind": lambda n, c, h, w: isinstance(h, int) and h > 100,
+                "single pictures": lambda n, c, h, w: n == 1 and h * w > 10000,
+                "who asks": lambda n, c, h, w: not torch.compiler.is_compiling() and h * w > 10**5,
+                "patches": lambda n, c, h, w: (h // 14) * (w // 14) == 37 * 37 and h // 14 == w // 14,
+            }.items()
+        ),
+    ],
+)
+def test_a_trace_that_is_right_at_small_sizes(
+    tmp_path: Path, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> None:
+    """PyTorch keeps no condition of these, or one that tells too little."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return forward(self.convolution, x)
+
+    with pytest.raises(ExportError, match=r"at \{.*\}.*: output 'output' (differs|has shape)"):
+        export(Module(), tmp_path / "m.onnx", inputs={"x": ("n", 3, "h", "w")})
+    assert not list(tmp_path.iterdir())
+
+
+class PadsIfNeeded(nn.Module):
+    """To multiples of 8; not at all where there is nothing to pad, which gives the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, w = x.shape[2:]
+        below, right = -h % 8, -w % 8
+        if below or right:
+            x = F.pad(x, (0, right, 0, below))
+        y: torch.Tensor = self.convolution(x)
+        return y[:, :, :h, :w]
+
+
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+def test_another_way_to_the_same_values_is_no_fault(engine: str) -> None:
+    module = PadsIfNeeded().eval()
+    x = np.random.default_rng(0).random((1, 3, 64, 96), np.float32)
+    with torch.inference_mode():
+        want = module(torch.from_numpy(x)).numpy()
+    with anysize.load(module, backend=engine) as session:
+        np.testing.assert_allclose(session(x), want, atol=1e-5)
+
+
+class Attends(nn.Module):
+    """To all positions at once up to 256 x 256, which is where memory ends."""
+
+    tileable = False  # which spares the search for a radius
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(2).mT
+        if flat.shape[1] > 65536:
+            return x
+        return ((flat @ flat.mT).softmax(-1) @ flat).mT.reshape(x.shape)
+
+
+def test_another_way_that_is_too_large_to_try(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not do what was traced, which is too large to try"):
+        export(Attends(), tmp_path / "m.onnx", inputs={"x": (1, 3, "h", "w")})
+
+
+TABLES: dict[str, torch.Tensor] = {}
+
+
+class SharesTables(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        key = str(tuple(x.shape))
+        if key not in TABLES:
+            TABLES[key] = torch.linspace(0, 1, 7)
+        return x + TABLES[key].mean()
+
+
+def test_tables_that_modules_share_stay_fit_for_use() -> None:
+    """What runs without data would leave tensors without data there."""
+    anysize.load(SharesTables(), backend="onnxruntime", options={"cache_dir": ""}).close()
+    for side in (64, 128, 512):
+        assert float(SharesTables()(torch.zeros(1, 3, side, side)).max()) == pytest.approx(0.5)
 
 
 def test_a_module_that_asks_about_sizes_too_large_to_try(

@@ -54,13 +54,19 @@ def doubtful_sizes(module: Any, program: Any, spec: ModelSpec, traced: dict[str,
     contract's in order. Of each other way of doing, the two smallest sizes found. A few usual sizes where
     this cannot be told.
     """
-    pair = _Pair(module, program, spec)
-    own = pair.module(traced)
-    failed = own.failed or ("it keeps tensors outside of itself" if pair.left_behind() else "")
+    instead = [(_sizes(spec, sides, 1), "") for sides in _INSTEAD]
+    try:
+        pair = _Pair(module, program, spec)
+        own = pair.module(traced)
+        failed = own.failed or ("it keeps tensors outside of itself" if pair.left_behind() else "")
+    except Exception as error:  # weights that have no fakes
+        failed = str(error)
     if failed:
-        log.info("the module cannot be run without data, so %d sizes are run with: %s", len(_INSTEAD), failed)
-        return [(_sizes(spec, sides, 1), "") for sides in _INSTEAD]
+        log.info("the module cannot be run without data, so %d sizes are run with: %s", len(instead), failed)
+        return instead
     same_way = own.result == pair.trace(traced).result
+    if not same_way:
+        log.info("module and trace are not alike in all they call, so operators' names are compared")
 
     most = (1 + len(own.calls)) * _LONGER
 
@@ -79,7 +85,7 @@ def doubtful_sizes(module: Any, program: Any, spec: ModelSpec, traced: dict[str,
     for sizes in _tried(spec, program, count):
         if differs(sizes):
             found.setdefault(ways[tuple(sizes.values())], []).append(sizes)
-    doubts: list[tuple[dict[str, int], str]] = []
+    doubts = [] if same_way else instead
     for way, several in sorted(found.items(), key=lambda item: min(map(_positions, item[1])))[:_WAYS]:
 
         def likewise(sizes: dict[str, int], way: tuple[str, ...] = way) -> bool:

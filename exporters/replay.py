@@ -14,6 +14,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ _INSTEAD = ((64, 64), (96, 128), (20, 300))
 #: how many of these where the module's code sees nothing of the sizes
 _FEW = 8
 #: calls of the module's operators in all, half a millisecond each, and sizes tried at least and at most
-_CALLS, _LEAST, _MOST = 12_000, 24, 100
+_CALLS, _LEAST, _MOST = 8_000, 16, 80
 #: a run that calls so many times as many operators as the trace has is another one
 _LONGER = 16
 #: different ways of doing that are held by value, of each the smallest two
@@ -70,29 +71,29 @@ def doubtful_sizes(module: Any, program: Any, spec: ModelSpec, traced: dict[str,
 
     most = (1 + len(own.calls)) * _LONGER
 
-    def differs(sizes: dict[str, int]) -> bool:
-        """Also keeps in which way the module did it."""
+    def other_way(sizes: dict[str, int], numbers: bool = True) -> tuple[str, ...] | None:
+        """What the module calls where that is not what the trace does; None where they are alike."""
         run = pair.module(sizes, most)
-        ways[tuple(sizes.values())] = run.calls if not run.failed else (run.failed,)
-        if same_way:
-            return bool(run.result != pair.trace(sizes, most).result)
-        return run.calls != own.calls
+        way = (run.failed,) if run.failed else run.calls
+        if way == own.calls and not (numbers and same_way):
+            return None
+        comparable = same_way or run.failed
+        return None if comparable and run.result == pair.trace(sizes, most).result else way
 
-    ways: dict[tuple[int, ...], tuple[str, ...]] = {}
+    def likewise(way: tuple[str, ...], sizes: dict[str, int]) -> bool:
+        return other_way(sizes) == way
+
     asked = {own.seen, *(pair.module(sizes).seen for sizes in _tried(spec, program, 2))}
     count = min(max(_CALLS // max(1, own.count), _LEAST), _MOST) if len(asked) > 1 else _FEW
     found: dict[tuple[str, ...], list[dict[str, int]]] = {}
-    for sizes in _tried(spec, program, count):
-        if differs(sizes):
-            found.setdefault(ways[tuple(sizes.values())], []).append(sizes)
+    for i, sizes in enumerate(_tried(spec, program, count)):
+        # the same operators with other numbers are rarer, and take as long again to find
+        if (way := other_way(sizes, numbers=i < _FEW or i % 3 == 0)) is not None:
+            found.setdefault(way, []).append(sizes)
     doubts = [] if same_way else instead
     for way, several in sorted(found.items(), key=lambda item: min(map(_positions, item[1])))[:_WAYS]:
-
-        def likewise(sizes: dict[str, int], way: tuple[str, ...] = way) -> bool:
-            return differs(sizes) and ways[tuple(sizes.values())] == way
-
         smallest = sorted(several, key=lambda sizes: (is_thin(spec, sizes), _positions(sizes)))[:2]
-        least = [_least(spec, sizes, likewise) for sizes in smallest]
+        least = [_least(spec, sizes, partial(likewise, way)) for sizes in smallest]
         doubts += [(sizes, ", where the module does not do what was traced") for sizes in least]
     return [one for i, one in enumerate(doubts) if one not in doubts[:i]]
 

@@ -22,8 +22,10 @@ from anysize.exporters.probing import batch_axis
 log = logging.getLogger("anysize")
 
 #: sides that are tried: all small ones, then those around powers of two and half as much again
-_LARGE = (side for k in range(5, 15) for side in (2**k, 3 * 2 ** (k - 1)))
-_SIDES = (*range(1, 41), *(side + d for side in _LARGE for d in (-1, 0, 1)))
+_SIDES = (
+    *range(1, 41),
+    *(side + d for k in range(5, 15) for side in (2**k, 3 * 2 ** (k - 1)) for d in (-1, 0, 1)),
+)
 #: positions beyond which nothing is run, of all pictures together
 _MOST = 2**22
 #: as PyTorch calls the sizes of inputs
@@ -46,12 +48,12 @@ def breaking_sizes(program: Any, spec: ModelSpec, fits: Callable[[dict[str, int]
     conditions, symbols = _conditions(program, spec)
     if not conditions:
         return []
-    tried = sorted(_tried(spec, conditions), key=lambda sizes: (is_thin(spec, sizes), _positions(sizes)))
+    tried = sorted(_tried(spec, conditions), key=lambda sizes: (is_thin(spec, sizes), positions(sizes)))
     shapes = [spec.input_shapes(sizes) for sizes in tried]
     values = {
         symbol: np.array([shape[name][axis] for shape in shapes]) for symbol, (name, axis) in symbols.items()
     }
-    small = np.array([_positions(sizes) <= _MOST for sizes in tried])
+    small = np.array([positions(sizes) <= _MOST for sizes in tried])
     chosen: dict[int, str] = {}
     before, left = np.ones(len(tried), bool), _MOST
     for condition in conditions:
@@ -61,7 +63,7 @@ def breaking_sizes(program: Any, spec: ModelSpec, fits: Callable[[dict[str, int]
         for broken in (~holds & before & small, ~holds & small, ~holds):
             if broken.any():
                 first = int(np.flatnonzero(broken)[0])
-                need = 0 if first in chosen else _positions(tried[first])
+                need = 0 if first in chosen else positions(tried[first])
                 if need <= left and fits(tried[first]):
                     chosen.setdefault(first, f", where the trace's {text} does not hold")
                     left -= need
@@ -116,7 +118,8 @@ def is_thin(spec: ModelSpec, sizes: Mapping[str, int]) -> bool:
     return any(sizes[name] < dim.ceil(dim.min + 6) for name, dim in spec.dims.items() if name != batch)
 
 
-def _positions(sizes: Mapping[str, int]) -> int:
+def positions(sizes: Mapping[str, int]) -> int:
+    """How many there are of them, in all pictures together."""
     return int(np.prod([*sizes.values()], dtype=np.int64))
 
 

@@ -14,12 +14,13 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from anysize.backends.spec import ModelSpec
-from anysize.exporters.branches import Doubts, guards, is_thin
+from anysize.exporters.branches import Doubts, guards, is_thin, positions
 from anysize.exporters.probing import batch_axis, clip
 
 log = logging.getLogger("anysize")
@@ -80,7 +81,7 @@ def doubtful_sizes(module: Any, program: Any, spec: ModelSpec, traced: dict[str,
         comparable = same_way or run.failed
         return None if comparable and run.result == pair.trace(sizes, most).result else way
 
-    def likewise(way: tuple[str, ...], sizes: dict[str, int]) -> bool:
+    def takes(way: tuple[str, ...], sizes: dict[str, int]) -> bool:
         return other_way(sizes) == way
 
     asked = {own.seen, *(pair.module(sizes).seen for sizes in _tried(spec, program, 2))}
@@ -90,10 +91,10 @@ def doubtful_sizes(module: Any, program: Any, spec: ModelSpec, traced: dict[str,
         # the same operators with other numbers are rarer, and take as long again to find
         if (way := other_way(sizes, numbers=i < _FEW or i % 3 == 0)) is not None:
             found.setdefault(way, []).append(sizes)
-    doubts = [] if same_way else instead
-    for way, several in sorted(found.items(), key=lambda item: min(map(_positions, item[1])))[:_WAYS]:
-        smallest = sorted(several, key=lambda sizes: (is_thin(spec, sizes), _positions(sizes)))[:2]
-        least = [_least(spec, sizes, partial(likewise, way)) for sizes in smallest]
+    doubts = [] if same_way else list(instead)
+    for way, several in sorted(found.items(), key=lambda item: min(map(positions, item[1])))[:_WAYS]:
+        smallest = sorted(several, key=lambda sizes: (is_thin(spec, sizes), positions(sizes)))[:2]
+        least = [_least(spec, sizes, partial(takes, way)) for sizes in smallest]
         doubts += [(sizes, ", where the module does not do what was traced") for sizes in least]
     return [one for i, one in enumerate(doubts) if one not in doubts[:i]]
 
@@ -146,19 +147,15 @@ def _least(
     return sizes
 
 
-def _positions(sizes: dict[str, int]) -> int:
-    return int(np.prod(list(sizes.values()), dtype=np.int64))
-
-
+@dataclass
 class _Run:
     """What happened: a digest of the results, operators called (in all: their count), what code was told."""
 
-    def __init__(self) -> None:
-        self.result: Any = None
-        self.calls: tuple[str, ...] = ()
-        self.count = 0
-        self.seen: tuple[Any, ...] = ()
-        self.failed = ""
+    result: Any = None
+    calls: tuple[str, ...] = ()
+    count: int = 0
+    seen: tuple[Any, ...] = ()
+    failed: str = ""
 
 
 class _Pair:

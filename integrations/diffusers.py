@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import anysize
 from anysize import OptionError, Session
@@ -18,15 +19,19 @@ class Swap:
 
     def __init__(self, pipeline: Any, originals: Mapping[str, Any], replacements: Mapping[str, Any]) -> None:
         self._pipeline, self._originals, self._replacements = pipeline, dict(originals), replacements
+        _swaps.setdefault(pipeline, WeakSet()).add(self)
 
     def undo(self) -> None:
-        """Put the originals back where the replacements still are; a later swap is undone before this one.
+        """Put the originals back where the replacements still are; under a later swap, for that to put back.
 
         A second call puts back what the first could not, or does nothing.
         """
         for name in list(self._originals):
-            if getattr(self._pipeline, name) is self._replacements[name]:
+            ours = self._replacements[name]
+            if getattr(self._pipeline, name) is ours:
                 setattr(self._pipeline, name, self._originals.pop(name))
+            elif above := [s for s in _swaps[self._pipeline] if s._originals.get(name) is ours]:
+                above[0]._originals[name] = self._originals.pop(name)
 
     def __enter__(self) -> Swap:
         return self
@@ -35,6 +40,10 @@ class Swap:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+#: by pipeline, those of its swaps that somebody still holds
+_swaps: WeakKeyDictionary[Any, WeakSet[Swap]] = WeakKeyDictionary()
 
 
 def swap(pipeline: Any, **sessions: Session | Mapping[str, Session]) -> Swap:

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from anysize.backends import Backend
-from anysize.backends.errors import AnysizeError, Cancelled, ExecutionError, ImageError, IntegrityError
-from anysize.files import check_destination, pictures_in, read_picture, write_picture
+from anysize.backends.errors import (
+    AnysizeError,
+    Cancelled,
+    ExecutionError,
+    ImageError,
+    IntegrityError,
+    OptionError,
+)
+from anysize.files import (
+    check_destination,
+    pictures_in,
+    read_picture,
+    remove_left_behind,
+    replacing,
+    save,
+)
 from anysize.guard import log
+from anysize.manifest import Manifest, digest, read
 from anysize.report import Report
 from anysize.rowfiles import RowReader, RowWriter
 from anysize.session import Session
@@ -24,6 +42,8 @@ from anysize.tiling import Tiling
 from anysize.upscale import Upscaler, check_outscale
 from anysize.work import Cancel, Progress, as_check
 
+#: takes the report and the finished file, before that gets its name
+Written = Callable[[Report, Path], Any]
 PathLike = str | os.PathLike[str]
 #: pictures in work at once
 _AT_ONCE = 2
@@ -48,51 +68,80 @@ def upscale_file(
     `dst` is replaced atomically and never the input; after any error it is as it was.
     Raises `ImageError` for a picture or destination that cannot be used, and what `Upscaler` raises.
     """
+    upscaler: Upscaler | Callable[[], Upscaler]
+    if isinstance(source, Upscaler):
+        upscaler = source
+    else:
+        upscaler = partial(Upscaler, source, backend=backend, precision=precision, tiling=tiling)
+    return _upscale(Path(src), Path(dst), upscaler, outscale, progress, cancel)
+
+
+def _upscale(
+    src: Path,
+    dst: Path,
+    source: Upscaler | Callable[[], Upscaler],
+    outscale: float | None,
+    progress: Progress | None,
+    cancel: Cancel | None,
+    written: Written | None = None,
+) -> Report:
+    """From file to file. A model is opened when the picture has been found good."""
     started = time.perf_counter()
-    src, dst = Path(src), Path(dst)
     check_destination(dst, src)
     check_outscale(outscale)
     rows = RowReader(src)
     try:
         check_destination(dst, src, has_alpha=rows.channels in (2, 4))
-        if isinstance(source, Upscaler):
-            upscaler = source
-        else:
-            upscaler = Upscaler(source, backend=backend, precision=precision, tiling=tiling)
+        upscaler = source if isinstance(source, Upscaler) else source()
+
+        def finish(temporary: Path) -> Report:
+            assert upscaler.report is not None
+            seconds = time.perf_counter() - started
+            report = replace(upscaler.report, input=str(src), output=str(dst), seconds=seconds)
+            if written is not None:
+                written(report, temporary)
+            return report
+
         native = outscale is None or outscale == upscaler.scale
-        streamed = native and _stream(upscaler, rows, dst, progress, cancel)
+        report = _stream(upscaler, rows, dst, progress, cancel, finish) if native else None
     finally:
         rows.close()
-    if not streamed:
+    if report is None:
         picture = read_picture(src)
         result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
-        write_picture(dst, result, picture.header)
-    report = upscaler.report
-    assert report is not None
+        with replacing(dst) as temporary:
+            save(temporary, result, picture.header, dst)
+            report = finish(temporary)
     log.info("%s -> %s: %s", src, dst, report)
-    return replace(report, input=str(src), output=str(dst), seconds=time.perf_counter() - started)
+    return report
 
 
 def _stream(
-    upscaler: Upscaler, rows: RowReader, dst: Path, progress: Progress | None, cancel: Cancel | None
-) -> bool:
-    """Upscale from file to file in bands; False if this picture has to be held whole."""
+    upscaler: Upscaler,
+    rows: RowReader,
+    dst: Path,
+    progress: Progress | None,
+    cancel: Cancel | None,
+    finish: Callable[[Path], Report],
+) -> Report | None:
+    """Upscale from file to file in bands; None if this picture has to be held whole."""
     bands = upscaler.stream(rows, progress=progress, cancel=cancel) if rows.upright else None
     if bands is None:
-        return False
+        return None
     width, height = rows.width * upscaler.scale, rows.height * upscaler.scale
     try:
         with (
             closing(bands),  # its programs and threads are let go at once, also where writing fails
-            RowWriter(dst, width, height, rows.channels, rows.dtype, rows.header) as writer,
+            replacing(dst) as temporary,
         ):
-            for band in bands:
-                writer.write(band)
+            with RowWriter(temporary, width, height, rows.channels, rows.dtype, rows.header, dst) as writer:
+                for band in bands:
+                    writer.write(band)
+            return finish(temporary)
     except (ExecutionError, IntegrityError) as error:
         if not upscaler.fall_back(error):
             raise
-        return False
-    return True
+        return None
 
 
 @dataclass(frozen=True)
@@ -107,10 +156,14 @@ def plan_jobs(inputs: Iterable[PathLike], output: PathLike, scale: float) -> lis
     """Pair inputs with destinations. Folders are taken with the pictures directly in them, by suffix.
 
     One input file and an output with a suffix: that file. Otherwise the output is a folder (made if need
-    be) and each result is `{stem}_x{scale}.png`. Raises `ImageError`.
+    be) and each result is `{stem}_x{scale}.png`; in a folder that is among the inputs too, what its manifest
+    names as results is not taken. Raises `ImageError`.
     """
     items, output = [Path(i) for i in inputs], Path(output)
-    sources = [picture for item in items for picture in pictures_in(item)]
+    sources = []
+    for item in items:
+        results = read(output) if output.is_dir() and item.is_dir() and item.samefile(output) else {}
+        sources += [picture for picture in pictures_in(item) if picture.name not in results]
     if len(items) == 1 and not items[0].is_dir() and output.suffix and not output.is_dir():
         return [Job(sources[0], output)]
     if output.suffix and not output.is_dir():
@@ -120,17 +173,35 @@ def plan_jobs(inputs: Iterable[PathLike], output: PathLike, scale: float) -> lis
     return [Job(source, output / f"{source.stem}_x{scale:g}.png") for source in sources]
 
 
+def open_manifest(folder: Path, upscaler: Upscaler, outscale: float | None, resume: bool) -> Manifest:
+    """The manifest of a folder of results; what runs that were killed left in the folder is removed.
+
+    Raises `ImageError` where it cannot be read, and, to resume, `OptionError` for a model without identity.
+    """
+    remove_left_behind(folder)
+    try:
+        identity = upscaler.identity()
+    except OptionError:
+        if resume:
+            raise
+        identity = (secrets.token_hex(),)  # of no other run
+    return Manifest(folder, (*identity, repr(upscaler.tiling), repr(float(outscale or upscaler.scale))))
+
+
 def run_jobs(
     jobs: list[Job],
     upscaler: Upscaler,
     *,
     outscale: float | None = None,
+    manifest: Manifest | None = None,
+    resume: bool = False,
     progress: Callable[[Job], Progress | None] | None = None,
     cancel: Cancel | None = None,
 ) -> Iterator[tuple[Report, AnysizeError | None]]:
     """Do the jobs, yielding each one's report and error in order; only cancellation ends the batch.
 
     While one picture is encoded, the next is decoded and run; not with a limit of memory, which is of one.
+    `manifest`: where the outcome of each is noted. `resume`: leave what it says is done, and still is.
     """
     check = as_check(cancel)
     ended = threading.Event()
@@ -144,14 +215,15 @@ def run_jobs(
                 raise ImageError(
                     f"{job.dst}: would overwrite {sources[job.dst.resolve()]}, an input of this run"
                 )
-            return upscale_file(
-                job.src,
-                job.dst,
-                upscaler,
-                outscale=outscale,
-                progress=progress(job) if progress else None,
-                cancel=lambda: ended.is_set() or check(),
-            ), None
+            if resume and manifest is not None and (report := manifest.finished(job.src, job.dst)):
+                return report, None
+            written = None
+            if manifest is not None:
+                source = digest(job.src)
+                written = lambda report, temporary: manifest.add(report, source, temporary)  # noqa: E731
+            shown = progress(job) if progress else None
+            stop = lambda: ended.is_set() or check()  # noqa: E731
+            return _upscale(job.src, job.dst, upscaler, outscale, shown, stop, written), None
         except Cancelled:
             raise
         except AnysizeError as caught:
@@ -159,7 +231,11 @@ def run_jobs(
         except (OSError, MemoryError) as caught:
             error = ImageError(f"{job.src}: {caught or type(caught).__name__}")
             error.__cause__ = caught
-        return Report(status="failed", error=str(error), input=str(job.src)), error
+        failed = Report(status="failed", error=str(error), input=str(job.src))
+        if manifest is not None:
+            with suppress(ImageError):  # which the caller gets to know anyhow, of this picture
+                manifest.add(failed)
+        return failed, error
 
     holders: dict[Path, Job] = {}
     for job in jobs:

@@ -130,11 +130,12 @@ def upscale(
     overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
     memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
+    resume: Annotated[bool, typer.Option(help="Leave results that an earlier run finished.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Upscale pictures. A folder's results are named {stem}_x{scale}.png."""
-    from anysize.batch import plan_jobs, run_jobs
+    """Upscale pictures. A folder's results are named {stem}_x{scale}.png, and listed in its anysize.jsonl."""
+    from anysize.batch import open_manifest, plan_jobs, run_jobs
     from anysize.session import Options
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler, check_outscale
@@ -150,11 +151,14 @@ def upscale(
     upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output
+    if resume and single:
+        raise OptionError("--resume is for a folder of results")
     cancel = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     failures: list[AnysizeError] = []
     with ExitStack() as stack:
         stack.callback(remove_empty, [] if single else make_folder(output))
+        manifest = None if single else open_manifest(output, upscaler, outscale, resume)
         bar = stack.enter_context(_bar()) if err.is_terminal and not as_json else None
 
         def progress(job: Any) -> Any:
@@ -163,16 +167,29 @@ def upscale(
             task = bar.add_task(job.src.name)
             return lambda done, total: bar.update(task, completed=done, total=total)
 
-        for report, error in run_jobs(jobs, upscaler, outscale=outscale, progress=progress, cancel=cancel):
+        kept = 0
+        for report, error in run_jobs(
+            jobs,
+            upscaler,
+            outscale=outscale,
+            manifest=manifest,
+            resume=resume,
+            progress=progress,
+            cancel=cancel,
+        ):
+            kept += report.status == "kept"
             if as_json:
                 print(json.dumps(report.to_dict()), flush=True)  # noqa: T201
             if error is not None:
                 failures.append(error)
                 _complain(error, debug)
             elif not as_json:
-                out.print(_summary(report, method), markup=False, highlight=False, soft_wrap=True)
+                text = f"{report.input} -> {report.output}: {report.reason}"
+                text = text if report.status == "kept" else _summary(report, method)
+                out.print(text, markup=False, highlight=False, soft_wrap=True)
     if len(jobs) > 1:
-        err.print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures done", highlight=False)
+        before = f", {kept} of them before" if kept else ""
+        err.print(f"{len(jobs) - len(failures)} of {len(jobs)} pictures done{before}", highlight=False)
     if not failures:
         return OK
     return max(map(_code, failures)) if len(failures) == len(jobs) == 1 else FAILED

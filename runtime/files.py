@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ _TIFF = (".tif", ".tiff")
 _SIXTEEN_BITS = (".png", *_TIFF)
 #: bytes of pixels from which a TIFF is written in tiles, and able to exceed 4 GiB
 _LARGE_TIFF = 2**30
+#: what a file is called while it is written
+_NEW = ".anysize-"
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,16 @@ def write_picture(path: Path, array: Array, header: Any | None = None) -> None:
     `header`: libvips image whose ICC profile, EXIF, XMP and resolution are carried over. 16 bits become 8
     where the format holds no more. Raises `ImageError`.
     """
+    with replacing(path) as temporary:
+        save(temporary, array, header, path)
+
+
+def save(temporary: Path, image: Any, header: Any | None, path: Path) -> None:
+    """The same to a file that will become `path`; `image` may be libvips', and still come in from the top."""
     import pyvips
 
-    save(path, pyvips.Image.new_from_array(np.ascontiguousarray(array)), header)
-
-
-def save(path: Path, image: Any, header: Any | None) -> None:
-    """The same from a libvips image, which may still be coming in from the top down."""
-    import pyvips
+    if isinstance(image, np.ndarray):
+        image = pyvips.Image.new_from_array(np.ascontiguousarray(image))
 
     wide = image.format == "ushort"
     grey = image.bands <= 2
@@ -213,25 +218,55 @@ def save(path: Path, image: Any, header: Any | None) -> None:
     options = WRITABLE[suffix]
     if suffix in _TIFF and image.width * image.height * image.bands * (1 + wide) >= _LARGE_TIFF:
         options = {**options, "bigtiff": True, "tile": True, "tile_width": 256, "tile_height": 256}
-    with replacing(path) as temporary:
-        try:
-            image.write_to_file(str(temporary), **options)
-        except pyvips.Error as error:
-            raise ImageError(f"{path}: cannot be written: {_reason(error)}") from error
+    try:
+        image.write_to_file(str(temporary), **options)
+    except pyvips.Error as error:
+        raise ImageError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; moved onto it at the end, removed if anything goes wrong."""
-    temporary = path.with_name(f".anysize-{os.urandom(8).hex()}{path.suffix}")
-    try:
+    """A file beside `path` to write to; moved onto it at the end, removed if anything goes wrong.
+
+    It is locked meanwhile, so that others can tell it from what a process left behind that was killed.
+    """
+    temporary = path.with_name(f"{_NEW}{os.urandom(8).hex()}{path.suffix}")
+    with ExitStack() as stack:
+        stack.callback(temporary.unlink, missing_ok=True)
+        try:
+            held = stack.enter_context(temporary.open("xb"))
+        except OSError as error:
+            raise ImageError(f"{path}: cannot be written: {error.strerror}") from error
+        with suppress(OSError):  # not every file system has locks
+            _lock(held)
         yield temporary
+        if os.name == "nt":  # which moves no open file
+            held.close()
         try:
             os.replace(temporary, path)
         except OSError as error:
             raise ImageError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write in a folder. Others' files stay."""
+    with suppress(OSError):
+        for path in folder.glob(f"{_NEW}*"):
+            ours = re.fullmatch(rf"{re.escape(_NEW)}[0-9a-f]{{16}}\.\w+", path.name)
+            with suppress(OSError):  # it is being written, or gone
+                if ours and path.is_file() and not path.is_symlink():
+                    with path.open("ab") as file:
+                        _lock(file)
+                    path.unlink()
+
+
+def _lock(file: Any) -> None:
+    """Until it is closed. Raises `OSError` where another has locked it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which removes no open file
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _reason(error: Exception) -> str:

@@ -88,15 +88,23 @@ class RowReader:
 
 
 class RowWriter:
-    """Writes rows to a picture file as they come, in a thread; the file is there once all are, or not at all.
+    """Writes rows to a picture file as they come, in a thread; at the end all were, or an error is raised.
 
-    A context manager. `header` as in `files.write_picture`. Raises `ImageError`.
+    A context manager. `temporary`: the file, which will become `path`. `header` as in `files.write_picture`.
+    Raises `ImageError`.
     """
 
     def __init__(
-        self, path: Path, width: int, height: int, channels: int, dtype: np.dtype[Any], header: Any
+        self,
+        temporary: Path,
+        width: int,
+        height: int,
+        channels: int,
+        dtype: np.dtype[Any],
+        header: Any,
+        path: Path,
     ) -> None:
-        self._path, self._header, self._dtype = path, header, dtype
+        self._temporary, self._path, self._header, self._dtype = temporary, path, header, dtype
         # libvips takes no rows from outside, but reads files from a stream: here an uncompressed PNG, made
         # as the rows come, which holds all there is to hold
         kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -143,7 +151,7 @@ class RowWriter:
             if self._error is not None:
                 raise self._error
             return
-        self._ended = True  # the writer finds its stream cut short, and leaves nothing behind
+        self._ended = True  # the writer finds its stream cut short
         while self._thread.is_alive():
             try:
                 self._chunks.put(None, timeout=0.2)
@@ -164,7 +172,7 @@ class RowWriter:
             stream = pyvips.Image.new_from_source(
                 source, "", access="sequential", fail_on="error", unlimited=True
             )
-            save(self._path, stream, self._header)
+            save(self._temporary, stream, self._header, self._path)
         except BaseException as error:
             self._error = error
 

@@ -375,6 +375,20 @@ class Session:
         with self._lock:
             return [runner for runner in self._apart.values() if not isinstance(runner, AnysizeError)]
 
+    def identity(self) -> tuple[str, ...]:
+        """What results follow from beside the inputs: weights, engine, its version, device and precision.
+
+        Raises `OptionError` where nothing tells the weights from others: a module's own.
+        """
+        guard = self._guards[0]
+        model, options = guard.model, guard.options
+        # of ONNX with external data, the file that was read is not all
+        weights = model.digest or ("" if model.format == "onnx" else self.spec.source_sha256)
+        if not weights:
+            raise OptionError("nothing tells this model from another: give a file of weights, or .onnx")
+        ran = (guard.backend.name, guard.backend.version, options.device, options.precision)
+        return weights, *ran, version_of("anysize")
+
     def working_bytes(self, sizes: Mapping[str, int]) -> int | None:
         """An estimate of the memory a run of these sizes takes; None where the graph cannot be read."""
         from anysize.exporters.cost import working_bytes

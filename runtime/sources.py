@@ -345,8 +345,8 @@ def _from_graph(path: Path, form: str, backend: Backend, cache: Cache | None) ->
     except Exception as error:  # an engine that compiles a foreign file fails in its own way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelLoadError(f"{path}: {reason[0]}") from error
-    if form == "ncnn":  # its weights lie beside it
-        data += path.with_suffix(".bin").read_bytes()
+    if form != "onnx" and (weights := path.with_suffix(".bin")).exists():
+        data += weights.read_bytes()
     return replace(model, spec=replace(spec, source_sha256=hashlib.sha256(data).hexdigest()))
 
 

@@ -119,13 +119,8 @@ class Stylizer:
         if self._upscale.scale != 1 or source.spec.channels != 3:
             found = "; ".join(map(str, (*source.spec.inputs, *source.spec.outputs)))
             raise ModelLoadError(f"not a model that restyles colour pictures at their size: {found}")
-        guard = source._guards[0]
-        # a module's own weights can be told by the file they came from only
-        model = guard.model.digest or (source.spec.source_sha256 if guard.model.format == "module" else "")
-        if cache is not None and not model:
-            raise OptionError("nothing tells this model from another: cache those of weights or .onnx files")
-        ran = (guard.backend.name, guard.backend.version, guard.options.device, guard.options.precision)
-        self._settings = (model, *ran, repr(self.policy), repr(self._upscale.tiling))
+        settings = (repr(self.policy), repr(self._upscale.tiling))
+        self._settings = (*source.identity(), *settings) if cache is not None else ()
         self._cache, self._last = cache, local()
 
     @property

@@ -208,6 +208,10 @@ class Upscaler:
             fallbacks=[*work.session.skipped, *after.fallbacks[len(before.fallbacks) :]],
         )
 
+    def identity(self) -> tuple[str, ...]:
+        """What results follow from beside the picture and `tiling`. Raises as `Session.identity` does."""
+        return (*self.session.identity(), "chosen for each picture" if self._precisions else "")
+
     def close(self) -> None:
         """Free the session."""
         (self._precisions or self.session).close()

@@ -71,7 +71,11 @@ def test_a_folder_goes_to_a_folder(run: Run, photo: Path, tmp_path: Path) -> Non
     Image.open(photo).save(photo.with_name("other.webp"))
     code, out, err = run("upscale", tmp_path, "-o", tmp_path / "out")
     assert code == 0
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["other_x4.png", "photo_x4.png"]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "anysize.jsonl",
+        "other_x4.png",
+        "photo_x4.png",
+    ]
     assert out.count("\n") == 2
     assert "2 of 2 pictures done" in err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -170,13 +171,11 @@ def test_all_models_of_a_pipeline_are_swapped_or_none(shelf: Shelf) -> None:
     swapped.undo()
     swapped.undo()
     assert pipe.unet is unet
-    first = swap(pipe, unet=session)
-    second = swap(pipe, unet=session)
-    first.undo()  # too early: it waits for the other
-    second.undo()
-    assert pipe.unet is not unet
-    first.undo()
-    assert pipe.unet is unet
+    for order in itertools.permutations(range(3)):
+        swaps = [swap(pipe, unet=session) for _ in order]
+        for left, i in enumerate(order, 1):
+            swaps[i].undo()
+            assert (pipe.unet is unet) == (left == len(order))
     swapped = swap(pipe, unet=session)
     pipe.unet = other = as_module(session, like=unet)
     swapped.undo()  # somebody has put another in its place

@@ -13,7 +13,7 @@ AnysizeError
 ├── MemoryBudgetError                       the work does not fit the memory allowed
 ├── ExecutionError                          the engine failed
 ├── IntegrityError                          the engine returned something that cannot be right
-├── TimedOut
+├── TimedOut                                the time limit ended
 └── Cancelled
 ```
 """
@@ -74,7 +74,7 @@ class MemoryBudgetError(AnysizeError):
 
 
 class _RunError(AnysizeError):
-    """Common part of the two errors that happen while a model runs: where it happened."""
+    """Common part of the errors that happen while a model runs: where it happened."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class ExecutionError(_RunError):
 
 
 class IntegrityError(_RunError):
-    """An output has the wrong shape, name or dtype, or is not finite. `got` and `want` say which."""
+    """An output has the wrong shape, name or dtype, is not finite, or not new. `got` and `want` say which."""
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ class IntegrityError(_RunError):
         self.got, self.want = got, want
 
 
-class TimedOut(AnysizeError):
-    """The work did not finish in the time allowed."""
+class TimedOut(_RunError):
+    """The work did not finish in the time allowed. Where in it, as of the other two, if it had begun."""
 
 
 class Cancelled(AnysizeError):

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from anysize.batch import upscale_file
     from anysize.departure import BisectReport, bisect
     from anysize.guard import Stats
+    from anysize.limit import time_limit
     from anysize.models.diffusion import parts
     from anysize.parity import ParityReport, assert_parity, compare
     from anysize.report import Report
@@ -63,6 +64,7 @@ _HOMES = {
     "batch": "upscale_file",
     "departure": "BisectReport bisect",
     "guard": "Stats",
+    "limit": "time_limit",
     "models.diffusion": "parts",
     "parity": "ParityReport assert_parity compare",
     "report": "Report",
@@ -156,5 +158,6 @@ __all__ = [
     "load",
     "models",
     "parts",
+    "time_limit",
     "upscale_file",
 ]

@@ -33,6 +33,7 @@ from anysize.files import (
     save,
 )
 from anysize.guard import log
+from anysize.limit import time_limit
 from anysize.manifest import Manifest, digest, read
 from anysize.report import Report
 from anysize.rowfiles import RowReader, RowWriter
@@ -195,6 +196,7 @@ def run_jobs(
     outscale: float | None = None,
     manifest: Manifest | None = None,
     resume: bool = False,
+    timeout: float | None = None,
     progress: Callable[[Job], Progress | None] | None = None,
     cancel: Cancel | None = None,
 ) -> Iterator[tuple[Report, AnysizeError | None]]:
@@ -202,6 +204,7 @@ def run_jobs(
 
     While one picture is encoded, the next is decoded and run; not with a limit of memory, which is of one.
     `manifest`: where the outcome of each is noted. `resume`: leave what it says is done, and still is.
+    `timeout`: seconds that a picture may take.
     """
     check = as_check(cancel)
     ended = threading.Event()
@@ -223,7 +226,8 @@ def run_jobs(
                 written = lambda report, temporary: manifest.add(report, source, temporary)  # noqa: E731
             shown = progress(job) if progress else None
             stop = lambda: ended.is_set() or check()  # noqa: E731
-            return _upscale(job.src, job.dst, upscaler, outscale, shown, stop, written), None
+            with time_limit(timeout):
+                return _upscale(job.src, job.dst, upscaler, outscale, shown, stop, written), None
         except Cancelled:
             raise
         except AnysizeError as caught:

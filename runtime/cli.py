@@ -24,6 +24,7 @@ from anysize.backends.errors import (
     ImageError,
     IntegrityError,
     OptionError,
+    TimedOut,
 )
 from anysize.cli_measure import bench, tune
 from anysize.cli_models import backends, export, get, models, parity
@@ -53,7 +54,7 @@ from rich.progress import (
 )
 
 #: faults of an engine or a conversion, as opposed to a wrong request
-_FAULTS = (ExecutionError, IntegrityError, ExportError)
+_FAULTS = (ExecutionError, IntegrityError, ExportError, TimedOut)
 
 if TYPE_CHECKING:
     from anysize.tiling import Method as TilingMethod
@@ -130,12 +131,14 @@ def upscale(
     overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
     memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="The most seconds for a picture.")] = None,
     resume: Annotated[bool, typer.Option(help="Leave results that an earlier run finished.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Upscale pictures. A folder's results are named {stem}_x{scale}.png, and listed in its anysize.jsonl."""
     from anysize.batch import open_manifest, plan_jobs, run_jobs
+    from anysize.limit import check_seconds
     from anysize.session import Options
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler, check_outscale
@@ -144,6 +147,7 @@ def upscale(
         raise OptionError("--output is empty")
     output = Path(output_name)
     check_outscale(outscale)
+    check_seconds(timeout)
     tiling = Tiling(_literal(method), tile, _overlap(overlap), memory)
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
@@ -174,6 +178,7 @@ def upscale(
             outscale=outscale,
             manifest=manifest,
             resume=resume,
+            timeout=timeout,
             progress=progress,
             cancel=cancel,
         ):

@@ -2,7 +2,7 @@
 
 Before a run the feeds are held against the contract, so the engine never sees a size it would break on.
 After it, names, dtypes, shapes and (where asked) finiteness of the outputs are held against the output
-rule, so another shape's result is an error and never a picture.
+rule, so another shape's result is an error and never a picture. Nor is a result that was given before.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from anysize.backends import base
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model
-from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError
+from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError, TimedOut
+from anysize.limit import in_a_thread, in_time, limited, wait_for
+from anysize.stale import Results, digest_of_feeds, digest_of_results
 
 log = logging.getLogger("anysize")
 
@@ -31,6 +34,8 @@ Key = tuple[tuple[tuple[str, tuple[int, ...]], ...] | None, int]
 # A shape that keeps coming back after the bound is reached earns a program of its own.
 _PROMOTE_AFTER = 8
 _REMEMBERED = 256
+#: where a limit of time ended
+_COMPILING, _RUNNING = "while the model is compiled", "in a run"
 
 
 @dataclass
@@ -58,6 +63,7 @@ class _Program:
         self.ready: Future[Executable] = Future()
         self.users = 0
         self.retired = False
+        self.hangs = False
 
 
 class ShapeGuard:
@@ -81,6 +87,7 @@ class ShapeGuard:
         self.strategy, self.max_live = strategy, max_live
         self._programs: OrderedDict[Key, _Program] = OrderedDict()
         self._asked: OrderedDict[Key, int] = OrderedDict()
+        self._results, self._pictures = Results(), self.spec.scale is not None
         self._lock = threading.Lock()
         self._closed = False
         self._stats = Stats(backend=backend.name, device=options.device, precision=options.precision)
@@ -97,20 +104,55 @@ class ShapeGuard:
 
         Raises `ShapeError`, `ExecutionError` or `IntegrityError`.
         """
+        outputs, program = self._run(feeds, finite, streams)
+        if self._pictures:
+            given, result = digest_of_feeds(feeds), digest_of_results(outputs.values())
+            if self._results.earlier(given, result):
+                self._confirm(program, feeds, result, finite, streams)
+        return outputs
+
+    def _run(self, feeds: Feeds, finite: bool, streams: int) -> tuple[dict[str, Array], _Program]:
         shapes = {name: value.shape for name, value in feeds.items()}
         sizes = self.spec.bind(shapes)
         program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
-                executable = program.ready.result()
+                executable = wait_for(program.ready, _COMPILING)
                 started = time.perf_counter()
-                outputs = executable.run(feeds)
+                outputs = in_time(partial(executable.run, feeds), _RUNNING)
                 seconds = time.perf_counter() - started
-                self._check(outputs, self.spec.output_shapes(sizes), shapes, finite)
+                self._check(outputs, self.spec.output_shapes(sizes), feeds, shapes, finite)
         finally:
             self._release(program)
         self._count(executable, seconds)
-        return outputs
+        return outputs, program
+
+    def _confirm(self, program: _Program, feeds: Feeds, result: int, finite: bool, streams: int) -> None:
+        """Ask again for what came twice, after something else, and a new program the first time.
+
+        Where values are cut off at 0 or 1, it may well be right. Raises `IntegrityError` unless it is.
+        """
+        if not self._results.is_usual(result):
+            self._discard(program)
+        answers = []
+        for asked in (self._noise(feeds), feeds):
+            outputs, program = self._run(asked, finite, streams)
+            answers.append(digest_of_results(outputs.values()))
+        if answers[0] == result or answers[1] != result:
+            self._discard(program)
+            shapes = {name: value.shape for name, value in feeds.items()}
+            raise IntegrityError(
+                "the engine returned an earlier result again, which is not this picture's",
+                backend=self.backend.name,
+                shape=shapes,
+                got="an earlier result",
+                want="a new one",
+            )
+        self._results.confirm(result)
+
+    def _noise(self, feeds: Feeds) -> dict[str, Array]:
+        rng, (low, high) = np.random.default_rng(0), self.spec.value_range
+        return {n: np.asarray(rng.uniform(low, high, a.shape), a.dtype) for n, a in feeds.items()}
 
     def begin(self, feeds: Feeds, states: Feeds, streams: int = 1) -> Sequence:
         """Start a sequence of checked runs on feeds of these shapes, beginning at these states.
@@ -122,7 +164,8 @@ class ShapeGuard:
         program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
-                inner = program.ready.result().sequence(self.model.states, states)
+                executable = wait_for(program.ready, _COMPILING)
+                inner = in_time(partial(executable.sequence, self.model.states, states), _RUNNING)
         except BaseException:
             self._release(program)
             raise
@@ -137,6 +180,11 @@ class ShapeGuard:
         except AnysizeError as error:
             if isinstance(error, IntegrityError):
                 self._discard(program)
+            if isinstance(error, TimedOut):
+                error.backend, error.shape = self.backend.name, shapes
+                if program.ready.done():  # its run goes on; what is still being compiled will be of use
+                    program.hangs = True
+                    self._discard(program)
             raise
         except Exception as error:
             # Engines have been seen to keep failing, or to answer with old data, after one failure.
@@ -200,7 +248,9 @@ class ShapeGuard:
             program.users += 1
         for old in retired:
             self._retire(old)
-        if mine:
+        if mine and limited():
+            in_a_thread(partial(self._compile, key, program))
+        elif mine:
             self._compile(key, program)
         return program
 
@@ -264,7 +314,12 @@ class ShapeGuard:
     # -- what came back
 
     def _check(
-        self, outputs: dict[str, Array], want: dict[str, tuple[int, ...]], shapes: object, finite: bool
+        self,
+        outputs: dict[str, Array],
+        want: dict[str, tuple[int, ...]],
+        feeds: Feeds,
+        shapes: object,
+        finite: bool,
     ) -> None:
         def wrong(message: str, got: object, expected: object) -> IntegrityError:
             return IntegrityError(message, backend=self.backend.name, shape=shapes, got=got, want=expected)
@@ -292,6 +347,10 @@ class ShapeGuard:
                 raise wrong(
                     f"output '{tensor.name}' holds values that are not finite", "not finite", "finite"
                 )
+        if name := self._results.shares_memory(outputs, feeds):
+            raise wrong(
+                f"output '{name}' lies in memory of an input, or of a result still in use", "shared", "own"
+            )
 
 
 class Sequence:
@@ -314,16 +373,16 @@ class Sequence:
             assert value.shape == self._shapes[name], (name, value.shape)
         with self._guard._watched(self._program, self._shapes):
             started = time.perf_counter()
-            outputs = self._inner.run(feeds)
+            outputs = in_time(partial(self._inner.run, feeds), _RUNNING)
             seconds = time.perf_counter() - started
-            self._guard._check(outputs, self._want, self._shapes, True)
+            self._guard._check(outputs, self._want, feeds, self._shapes, True)
         self._guard._count(self._program.ready.result(), seconds)
         return outputs
 
     def states(self) -> dict[str, Array]:
         """The states as they are now, by input name."""
         with self._guard._watched(self._program, self._shapes):
-            return self._inner.states()
+            return in_time(self._inner.states, _RUNNING)
 
     def close(self) -> None:
         """Let go of the program. Once only."""
@@ -331,7 +390,7 @@ class Sequence:
 
 
 def _close(program: _Program) -> None:
-    if program.ready.done() and program.ready.exception() is None:
+    if program.ready.done() and program.ready.exception() is None and not program.hangs:
         program.ready.result().close()
 
 

@@ -29,6 +29,7 @@ from anysize.backends.errors import (
 )
 from anysize.guard import ShapeGuard, Stats, Strategy, log
 from anysize.sources import Source, choose_backend, located, open_source, version_of
+from anysize.stale import RepeatedError
 
 if TYPE_CHECKING:
     from anysize.lockstep import LockstepRunner
@@ -411,7 +412,13 @@ class Session:
         return operations(self._guards[0].model, sizes)
 
     def fall_back(self, error: AnysizeError) -> bool:
-        """After the first engine failed in bands: whether the caller named another to go on with."""
+        """After the first engine failed in bands: whether to go on in tiles, where the caller named another.
+
+        After a result that came twice, also with the same one.
+        """
+        if isinstance(error, RepeatedError):
+            log.warning("in tiles: %s", error)
+            return True
         if len(self._guards) == 1:
             return False
         self._note(self._guards[0], self._guards[1], error)

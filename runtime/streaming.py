@@ -6,16 +6,18 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import ExecutionError, IntegrityError, ModelLoadError, NotStreamable
+from anysize.backends.errors import ExecutionError, IntegrityError, ModelLoadError, NotStreamable, TimedOut
 from anysize.backends.spec import Dim
 from anysize.exporters.bands import ROWS, BandModel, band_model
 from anysize.exporters.cost import working_bytes
 from anysize.guard import Sequence, ShapeGuard, Stats, Strategy
+from anysize.stale import RepeatedError, Results, digest, digest_of_results
 from anysize.tiling import Span, round_up
 
 #: Pixels of a band at four bytes a number: with fewer, more of the work is copying rows; with more, less
@@ -63,6 +65,8 @@ class BandRunner:
         columns = spec.inputs[0].shape[3]
         assert isinstance(columns, Dim)
         self._columns = columns.name
+        #: of all bands of all pictures
+        self.results = Results()
         self._itemsize = 2 if guard.options.precision == "bf16" else 4
 
     def _readable(self, guard: ShapeGuard) -> None:
@@ -137,6 +141,8 @@ class BandRun:
         self._pool = ThreadPoolExecutor(streams) if streams > 1 else None
         self._states: list[dict[str, Array]] = [{} for _ in self._columns]
         self._sequences: list[Sequence | None] = [None for _ in self._columns]
+        #: by strip, digests of the rows whose results have not come back
+        self._rows: list[list[int]] = [[] for _ in self._columns]
         self._pushed = 0
         self.engine_seconds = 0.0
 
@@ -150,14 +156,18 @@ class BandRun:
         if self._pool is None:
             runs: list[Callable[[], Array]] = [partial(self._strip, band, pixels, s) for s in strips]
         else:
-            futures = [self._pool.submit(self._strip, band, pixels, strip) for strip in strips]
+            futures = [self._pool.submit(copy_context().run, self._strip, band, pixels, s) for s in strips]
             wait(futures)
             runs = [future.result for future in futures]
         parts = []
         for strip, run in enumerate(runs):
             try:
                 parts.append(run())
-            except (ExecutionError, IntegrityError) as error:  # strips that wait for one program share it
+            except (
+                ExecutionError,
+                IntegrityError,
+                TimedOut,
+            ) as error:  # several may share it
                 column = self._columns[strip].start
                 window = pixels[None, :, :, column : column + self._extent]
                 error.tile, error.shape = (self._pushed, strip), {self._runner.input: window.shape}
@@ -170,6 +180,7 @@ class BandRun:
         column, scale = self._columns[strip], self._runner.scale
         window = np.ascontiguousarray(pixels[None, :, :, column.start : column.start + self._extent])
         result = self._run(band.part, strip, window)
+        self._is_new(strip, window, result)
         left, right = ((edge - column.start) * scale for edge in (column.first, column.last))
         return result[0, :, :, left:right]
 
@@ -186,6 +197,20 @@ class BandRun:
         outputs = guard.run({**feeds, **self._states[strip]}, finite=True, streams=self._streams)
         self._states[strip] = {name: outputs[following] for name, following in guard.model.states.items()}
         return outputs[runner.output]
+
+    def _is_new(self, strip: int, window: Array, result: Array) -> None:
+        """Raises `RepeatedError` for what was returned for other rows; the same rows may have the same."""
+        rows = self._rows[strip]
+        rows += [digest(window[0, :, row]) for row in range(window.shape[2])]
+        count = result.shape[2] // self._runner.scale
+        given, self._rows[strip] = hash(tuple(rows[:count])), rows[count:]
+        if self._runner.results.earlier(given, digest_of_results([result])):
+            raise RepeatedError(
+                "the engine returned an earlier band's result again",
+                backend=self._runner.guards["first"].backend.name,
+                got="an earlier result",
+                want="a new one",
+            )
 
     def close(self) -> None:
         """Let go of the programs."""

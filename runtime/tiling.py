@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from anysize.backends.base import Array
-from anysize.backends.errors import Cancelled, ExecutionError, IntegrityError, OptionError
+from anysize.backends.errors import Cancelled, ExecutionError, IntegrityError, OptionError, TimedOut
 from anysize.session import Session
 
 #: takes the first output row and column of a part, (C', h, w) float, and the part
@@ -155,7 +155,11 @@ def run_grid(
     def store(i: int, j: int, done: Callable[[], tuple[Array, float]]) -> float:
         try:
             result, seconds = done()
-        except (ExecutionError, IntegrityError) as error:  # tiles that wait for one program share it
+        except (
+            ExecutionError,
+            IntegrityError,
+            TimedOut,
+        ) as error:  # several may share it
             error.tile = (i, j)
             raise
         put(cut.rows[i].first * scale, cut.columns[j].first * scale, result)

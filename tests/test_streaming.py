@@ -33,6 +33,7 @@ from anysize.exporters.bands import band_model
 from anysize.guard import ShapeGuard
 from anysize.planning import _ENGINE
 from anysize.session import Session
+from anysize.stale import RepeatedError
 from anysize.streaming import BandRun, BandRunner
 from anysize.tiling import parse_bytes, spans
 from conftest import ENGINES, ToyBox
@@ -203,7 +204,12 @@ def check_equal(net: Net, seed: int, extra: int, rows: int, width: int, engine: 
     )
     want = whole(model, engine, x)
     limit = 1e-5 * max(1.0, float(np.abs(want).max()))
-    got = in_bands(runner, x, rows * step)
+    try:
+        got = in_bands(runner, x, rows * step)
+    except RepeatedError:  # of dead neurons nothing but their offsets comes, so the whole repeats itself too
+        lag = rows * step * want.shape[2] // x.shape[2]
+        assert np.abs(want[:, :, lag:] - want[:, :, :-lag]).max(axis=(0, 1, 3)).min() <= limit
+        return
     assert got.shape == want.shape
     assert np.abs(got - want).max() <= limit, [n.op_type for n in net.nodes]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from anysize.backends import Backend, Dim, EngineOptions, Executable, Model, ModelSpec, Rule, TensorSpec
-from anysize.backends.base import Array, Feeds, Shapes
+from anysize.backends.base import Array, Feeds, Sequence, Shapes
 from anysize.guard import ShapeGuard
 from anysize.models.animegan import AnimeGANv2
 from anysize.session import Session
@@ -200,6 +200,13 @@ class Identity(nn.Module):
         return x
 
 
+class Threshold(nn.Module):
+    """Pictures darker than 0.3 all give 0.25 everywhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x - 0.3) + 0.25
+
+
 class KeepsState(nn.Module):
     """Stores its input on itself during the call."""
 
@@ -260,7 +267,7 @@ class NumpyProgram(Executable):
         self.backend, self.function = backend, function
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        return {"output": self.function(feeds["x"])}
+        return {"output": np.array(self.function(feeds["x"]))}  # the caller's own
 
     def close(self) -> None:
         self.backend.closed += 1
@@ -307,6 +314,12 @@ class Faulty(Backend):
     def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
         return FaultyProgram(self, self.inner.compile(model, shapes, options))
 
+    def run(self, inner: Executable | Sequence, feeds: Feeds) -> dict[str, Array]:
+        call = self.calls
+        self.calls += 1
+        outputs = inner.run(feeds)
+        return self.fault(outputs) if call in self.at else outputs
+
 
 class FaultyProgram(Executable):
     def __init__(self, backend: Faulty, inner: Executable) -> None:
@@ -315,10 +328,21 @@ class FaultyProgram(Executable):
         self.precision, self.device = inner.precision, inner.device
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        call = self.backend.calls
-        self.backend.calls += 1
-        outputs = self.inner.run(feeds)
-        return self.backend.fault(outputs) if call in self.backend.at else outputs
+        return self.backend.run(self.inner, feeds)
+
+    def sequence(self, links: Mapping[str, str], states: Feeds) -> Sequence:
+        return FaultySequence(self.backend, self.inner.sequence(links, states))
+
+
+class FaultySequence(Sequence):
+    def __init__(self, backend: Faulty, inner: Sequence) -> None:
+        self.backend, self.inner = backend, inner
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        return self.backend.run(self.inner, feeds)
+
+    def states(self) -> dict[str, Array]:
+        return self.inner.states()
 
 
 def raises(outputs: dict[str, Array]) -> dict[str, Array]:

@@ -1,0 +1,84 @@
+"""A limit of time for whatever runs a model, also where an engine hangs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
+
+from anysize.backends.errors import OptionError, TimedOut
+
+T = TypeVar("T")
+#: when, by the monotonic clock, what is done in this context has to end
+_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Whatever runs models in this `with` raises `TimedOut` when so many seconds of wall-clock have passed.
+
+    A run that has begun cannot be stopped: it goes on in a thread, its result is dropped, and its program is
+    not used again. The process can end meanwhile. Within another limit, the one that ends first counts;
+    None is no limit. Raises `OptionError` for what is not a positive number.
+    """
+    check_seconds(seconds)
+    ends = [outer] if (outer := _deadline.get()) is not None else []
+    if seconds is not None:
+        ends.append(time.monotonic() + min(seconds, threading.TIMEOUT_MAX))
+    token = _deadline.set(min(ends, default=None))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def check_seconds(seconds: float | None) -> None:
+    """Raise `OptionError` unless None or a positive number."""
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if seconds is not None and not (number and seconds > 0):
+        raise OptionError(f"a time limit must be a positive number of seconds, not {seconds!r}")
+
+
+def limited() -> bool:
+    """Whether there is a limit here."""
+    return _deadline.get() is not None
+
+
+def wait_for(future: Future[T], what: str) -> T:
+    """Its result. Raises what it raises, and `TimedOut` at the limit."""
+    ends = _deadline.get()
+    try:
+        return future.result(None if ends is None else max(0.0, ends - time.monotonic()))
+    except NotYet:
+        if future.done():  # its own error
+            raise
+        raise TimedOut(f"the time is up, {what}", backend="") from None
+
+
+def in_time(function: Callable[[], T], what: str) -> T:
+    """Call it. Raises `TimedOut` at the limit, before the call or, leaving it to itself, in it."""
+    ends = _deadline.get()
+    if ends is None:
+        return function()
+    if time.monotonic() >= ends:
+        raise TimedOut(f"the time is up, {what}", backend="")
+    return wait_for(in_a_thread(function), what)
+
+
+def in_a_thread(function: Callable[[], T]) -> Future[T]:
+    """Call it in a thread that keeps no process from ending."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="anysize-limited", daemon=True).start()
+    return future

@@ -12,14 +12,17 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
 import anysize
 import numpy as np
+import psutil
 import pytest
 from anysize import (
     ExecutionError,
     IntegrityError,
+    MemoryBudgetError,
     ModelLoadError,
     OptionError,
     Options,
@@ -31,9 +34,11 @@ from anysize.backends import get_backend
 from anysize.files import read_picture
 from conftest import ENGINES, ToyBox
 from PIL import Image
+from test_cache import write_weights
 from test_files import broken_files
 from toys import Faulty, image_spec, nearest, not_a_number, numpy_session, raises, too_large, too_small
 
+TESTS = Path(__file__).parent
 TILES = Tiling("tile", 16, "exact")
 
 
@@ -41,9 +46,9 @@ def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def in_a_fresh_process(code: str, *arguments: object, prefix: tuple[str, ...] = ()) -> str:
-    command = [*prefix, sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def in_a_fresh_process(code: str, *arguments: object, cwd: Path | None = None) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -188,6 +193,39 @@ def test_r08_threads_do_not_mix_pictures(
     with ThreadPoolExecutor(8) as pool:
         for _ in range(50):
             assert list(pool.map(lambda p: digest(upscale(p)), pictures)) == serial
+
+
+def test_r09_results_that_come_out_of_order(
+    backend: str, toybox: ToyBox, picture: Callable[..., np.ndarray]
+) -> None:
+    """Asynchronous results out of order: each call takes as long as it likes, and one of them fails."""
+    delays = np.random.default_rng(0).random(10_000) / 200
+
+    def dawdles(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        number = next(numbers)
+        time.sleep(delays[number])
+        if number == failing:
+            raise RuntimeError("planted failure")
+        return outputs
+
+    numbers, failing = count(), -1
+    engine = Faulty(get_backend(backend), dawdles, *range(10_000))
+    upscale = toybox.upscaler("Convolution", engine, Tiling("tile", 8))
+    upscale.session.streams = 3 if engine.has_streams else 1
+    plain = toybox.upscaler("Convolution", backend, Tiling("tile", 8))
+    pictures = [picture(40, 30 + i, seed=i) for i in range(4)]
+    want = [plain(p) for p in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for got, right in zip(pool.map(upscale, pictures, timeout=60), want, strict=True):
+                np.testing.assert_array_equal(got, right)
+        failing = next(numbers) + 7
+        futures = [pool.submit(upscale, p) for p in pictures]
+        errors = [future.exception(timeout=60) for future in futures]
+        assert [type(error) for error in errors if error] == [ExecutionError]
+        for future, error, right in zip(futures, errors, want, strict=True):
+            if error is None:
+                np.testing.assert_array_equal(future.result(), right)
 
 
 def test_r10_no_silent_switch_of_backend(backend: str, toybox: ToyBox) -> None:
@@ -414,6 +452,67 @@ def test_r18_depth_is_the_files_not_the_contents(backend: str, tmp_path: Path) -
         assert result.shape[2] == (1 if mode != "P" else result.shape[2])
 
 
+def test_r19_memory_does_not_grow_with_every_size(backend: str, toybox: ToyBox) -> None:
+    """openvino#20633, onnxruntime#7271: each new size was kept for ever."""
+    toybox.make("Nearest")
+    code = """
+        import gc, sys, numpy as np, psutil, toys
+        import anysize
+        backend, file = sys.argv[1:]
+        source = toys.Nearest() if backend == "torch" else file
+        session = anysize.load(source, backend=backend, options={"max_live": 4})
+        rng, resident = np.random.default_rng(0), []
+        for i in range(1500):
+            x = rng.random((1, 3, *rng.integers(8, 96, 2)), np.float32)
+            assert np.array_equal(session(x), x.repeat(2, 2).repeat(2, 3))
+            assert session.stats.live <= 4
+            if i in (499, 1499):
+                gc.collect()
+                resident.append(psutil.Process().memory_info().rss)
+        print(resident[1] / resident[0])
+    """
+    assert float(in_a_fresh_process(code, backend, toybox.file("Nearest"), cwd=TESTS)) <= 1.05
+
+
+def test_r20_what_does_not_fit_is_refused_or_cut_smaller(
+    backend: str, picture: Callable[..., np.ndarray]
+) -> None:
+    """Out of memory in the middle of large pictures."""
+    x = picture(300, 300)
+    upscale = Upscaler("default", backend=backend)
+    want, own = upscale(x), psutil.Process().memory_info().rss
+    tiles = set()
+    for more in (1, 20, 50, 100, 200, 2000):
+        limited = Upscaler(upscale.session, tiling=Tiling(memory=own + more * 2**20))
+        calls = upscale.session.stats.calls
+        try:
+            got = limited(x)
+        except MemoryBudgetError:
+            assert upscale.session.stats.calls == calls
+            tiles.add("refused")
+        else:
+            assert np.abs(got.astype(int) - want).max() <= 1
+            tiles.add(limited.report.tile or "whole")
+    assert "refused" in tiles
+    assert len(tiles) >= 2
+
+
+def test_r21_other_weights_under_the_same_name(backend: str, toybox: ToyBox, tmp_path: Path) -> None:
+    """openvino#21942: a compiled blob was taken for other weights than those it was made of."""
+    x = np.random.default_rng(0).random((1, 3, 12, 12), np.float32)
+    results = []
+    for seed in (0, 1, 0):
+        if backend == "torch":
+            path = write_weights(tmp_path / "model.pth", seed)
+        else:
+            path = tmp_path / "model.onnx"
+            path.write_bytes(toybox.file("Convolution", radius=1 + seed).read_bytes())
+        with anysize.load(path, backend=backend, options=Options(cache_dir=tmp_path / "cache")) as session:
+            results.append(session(x))
+    np.testing.assert_array_equal(results[0], results[2])
+    assert np.abs(results[0] - results[1]).max() > 1e-3
+
+
 def test_r22_a_bad_file_does_not_end_the_batch(backend: str, tmp_path: Path) -> None:
     """upscayl#204: one bad file ended a batch of thousands."""
     folder = tmp_path / "in"
@@ -524,8 +623,7 @@ def test_r24_one_core_and_a_bad_size(backend: str, toybox: ToyBox) -> None:
             np.testing.assert_allclose(session(good[1]), want[1], atol=1e-6)
             np.testing.assert_allclose(session(good[2]), want[2], atol=1e-6)
     """
-    prefix = ("env", f"PYTHONPATH={Path(__file__).parent}")
-    lines = in_a_fresh_process(code, backend, file, prefix=prefix).split()
+    lines = in_a_fresh_process(code, backend, file, cwd=TESTS).split()
     assert lines[0] == "ShapeError"
     assert set(lines[1:]) <= {"ExecutionError", "IntegrityError"}
     assert len(lines) == 3

@@ -131,6 +131,7 @@ def upscale(
     overlap: Annotated[str, typer.Option(help="exact, or a number of pixels.")] = "exact",
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
     memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compute some places of each picture twice.")] = False,
     timeout: Annotated[float | None, typer.Option(help="The most seconds for a picture.")] = None,
     resume: Annotated[bool, typer.Option(help="Leave results that an earlier run finished.")] = False,
     as_json: AsJson = False,
@@ -152,7 +153,9 @@ def upscale(
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
     options = Options(device=device, threads=threads, calibration=tuple(calibration or ()))
-    upscaler = Upscaler(model, backend=backend, precision=precision, tiling=tiling, options=options)
+    upscaler = Upscaler(
+        model, backend=backend, precision=precision, tiling=tiling, options=options, verify=verify
+    )
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output
     if resume and single:
@@ -240,6 +243,8 @@ def _summary(report: Any, asked: str) -> str:
     else:
         how += f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
     why = f" ({report.precision_reason})" if report.precision_reason else ""
+    if report.verified:
+        why += f", verified in {report.verified} places in {report.verify_seconds:.2f} s"
     return (
         f"{report.input} -> {report.output}: {report.width} x {report.height} (x{report.scale:g}), "
         f"{report.backend} {report.precision} on {report.device}, {how}, {report.seconds:.2f} s{why}"

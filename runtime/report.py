@@ -15,7 +15,8 @@ class Report:
     rows of a band; `overlap`: input pixels, 0 for bands of the full width; both None where the picture ran
     whole. `streams`: strips or tiles that ran at the same time. `exact`: the result is that of the whole
     picture run at once. `max_error`: where it is not, the largest difference measured on this picture, in
-    0..1; None where it could not be measured. `reason`: why this method. `compiles`: of the session during
+    0..1; None where it could not be measured. `reason`: why this method. `verified`: places that were
+    computed once more and found the same; `verify_seconds`: in how long. `compiles`: of the session during
     this call. `fallbacks`: engines that did not run this, when the model was loaded or in this call, and why.
     `precision_reason`: why this precision, where that was measured.
     """
@@ -39,6 +40,8 @@ class Report:
     max_error: float | None = None
     reason: str | None = None
     precision_reason: str | None = None
+    verified: int = 0
+    verify_seconds: float = 0.0
     compiles: int = 0
     engine_seconds: float = 0.0
     seconds: float = 0.0

@@ -209,8 +209,8 @@ def measured_error(
     worst = 0.0
     for row, column in _busiest_patches(planes, cut, patch):
         got, _ = run_window(session, planes, cut.shape, row, column)
-        rows, tall = _around(row, planes.shape[1], patch, radius, steps[0])
-        columns, wide = _around(column, planes.shape[2], patch, radius, steps[1])
+        rows, tall = around(row, planes.shape[1], patch, radius, steps[0])
+        columns, wide = around(column, planes.shape[2], patch, radius, steps[1])
         want, _ = run_window(session, planes, (tall, wide), rows, columns)
         worst = max(worst, float(np.abs(got - want).max()))
     return worst
@@ -233,7 +233,7 @@ def whole_error(session: Session, planes: Array, cut: Grid) -> float:
     return worst
 
 
-def _around(span: Span, limit: int, patch: int, radius: int, step: int) -> tuple[Span, int]:
+def around(span: Span, limit: int, patch: int, radius: int, step: int) -> tuple[Span, int]:
     """A window with at least an exact halo around the span's written part, and its extent.
 
     The extent is the same for all patches of a picture, so that they share one program.

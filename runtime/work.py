@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import partial
@@ -17,8 +18,9 @@ from anysize.lockstep import LockstepRun
 from anysize.pixels import constant_runs, fill_hidden, quantise, split
 from anysize.planning import Plan
 from anysize.session import Session
-from anysize.streaming import BandRun
+from anysize.streaming import Band, BandRun
 from anysize.tiling import round_up, run_grid
+from anysize.verify import Verification
 
 Progress = Callable[[int, int], Any]
 #: a flag such as `threading.Event`, or a function that says whether to stop
@@ -70,6 +72,7 @@ class Work:
     """One picture's way through the model, as parts: colour (its planes for a one-channel model), alpha."""
 
     plan: Plan
+    verification: Verification | None = None
 
     def __init__(
         self,
@@ -209,9 +212,14 @@ class Work:
                 self._step_done(total)
 
             self.engine_seconds += run_grid(self.session, planes, cut, put, self.cancelled, self.plan.streams)
+            self._verify([planes], (0, self.padded[0]), 0, result[:, :, channels])
             if self.cancelled():
                 raise Cancelled("cancelled after the last tile")
         self._finish_alpha(result)
+
+    def _verify(self, pieces: list[Array], known: tuple[int, int], top: int, result: Array) -> None:
+        if self.verification is not None:
+            self.verification.check(pieces, known, self.padded[0], top, result, self.store)
 
     def _finish_alpha(self, result: Array) -> None:
         """Of a whole result: what did not go through the model, and what is wholly opaque or transparent."""
@@ -249,6 +257,7 @@ class Work:
         width, height = self.rows.width * self.scale, self.rows.height * self.scale
         runs: list[BandRun] = []
         recent = _Recent()
+        read: deque[tuple[Band, list[Array]]] = deque()  # what a place of the next rows may reach
         top = 0
         waiting = np.empty((0, width, self.rows.channels), self.dtype)  # rows from `top` on
         try:
@@ -264,6 +273,14 @@ class Work:
                 for i, values in enumerate(pieces):
                     channels = self._channels(i, len(parts))
                     self.store(values[:, : end - begin, :width], result[:, :, channels])
+                if self.verification is not None:
+                    read.append((band, parts))
+                    while read[0][0].bottom <= begin // self.scale - 2 * self.verification.reach:
+                        read.popleft()
+                    known = read[0][0].top, band.bottom
+                    for i in range(len(parts)):
+                        seen = result[:, :, self._channels(i, len(parts))]
+                        self._verify([planes[i] for _, planes in read], known, begin // self.scale, seen)
                 self._flat_alpha(result)
                 if self.alpha:
                     # what alpha is below a row decides what becomes of it, so the last rows wait for theirs

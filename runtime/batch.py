@@ -214,10 +214,8 @@ def run_jobs(
         try:
             if holders[job.dst] is not job:
                 raise ImageError(f"{job.dst}: is taken by the result of {holders[job.dst].src} in this run")
-            if job.dst.resolve() in sources:
-                raise ImageError(
-                    f"{job.dst}: would overwrite {sources[job.dst.resolve()]}, an input of this run"
-                )
+            if (overwritten := sources.get(os.path.realpath(job.dst))) is not None:
+                raise ImageError(f"{job.dst}: would overwrite {overwritten}, an input of this run")
             if resume and manifest is not None and (report := manifest.finished(job.src, job.dst)):
                 return report, None
             written = None
@@ -244,7 +242,7 @@ def run_jobs(
     holders: dict[Path, Job] = {}
     for job in jobs:
         holders.setdefault(job.dst, job)
-    sources = {job.src.resolve(): job.src for job in jobs}
+    sources = {os.path.realpath(job.src): job.src for job in jobs}
     at_once = 1 if upscaler.tiling.memory is not None else _AT_ONCE
     running: deque[Future[tuple[Report, AnysizeError | None]]] = deque()
     with ThreadPoolExecutor(at_once) as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,11 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
     head = _head(path)
     # libjpeg only warns about damaged data, and fills in; the other readers' warnings are harmless.
     strict = "warning" if head.startswith(b"\xff\xd8") else "error"
-    try:
+    with _vips(f"{path}: not a readable picture"):
         # By descriptor: libvips takes options from file names ("a.png[page=1]") and remembers them.
         with path.open("rb") as file:
             source = pyvips.Source.new_from_descriptor(file.fileno())
         image = pyvips.Image.new_from_source(source, "", access="sequential", fail_on=strict)
-    except pyvips.Error as error:
-        raise ImageError(f"{path}: not a readable picture: {_reason(error)}") from error
     if (loader := image.get("vips-loader").removesuffix("_source")) not in _LOADERS:
         form = loader.removesuffix("load")
         raise ImageError(f"{path}: not a readable picture: '{form}'; {', '.join(READABLE)} are read")
@@ -108,15 +106,23 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
         return _as_rgb_or_grey(image, path)
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> AbstractContextManager[None]:
     """Errors of libvips while pixels are decoded are those of the picture."""
+    return _vips(f"{path}: damaged picture")
+
+
+@contextmanager
+def _vips(problem: str) -> Iterator[None]:
+    """What libvips says is wrong is an `ImageError`."""
     import pyvips
 
     try:
         yield
     except pyvips.Error as error:
-        raise ImageError(f"{path}: damaged picture: {_reason(error)}") from error
+        raise ImageError(f"{problem}: {_first_line(str(error.detail or error))}") from error
+    except UnicodeDecodeError as error:  # it quotes the file, whose bytes pyvips takes for text
+        pyvips.vips_lib.vips_error_clear()  # or they are in the next message too
+        raise ImageError(f"{problem}: {_first_line(error.object.decode(errors='replace'))}") from error
 
 
 def _head(path: Path) -> bytes:
@@ -212,16 +218,15 @@ def save(temporary: Path, image: Any, header: Any | None, path: Path) -> None:
                 name.startswith(("icc-", "exif-", "xmp-", "iptc-", "png-comment"))
                 or name == "resolution-unit"
             ):
-                image.set_type(header.get_typeof(name), name, header.get(name))
+                with suppress(UnicodeDecodeError):  # text that is none; it stays in the blob it is from
+                    image.set_type(header.get_typeof(name), name, header.get(name))
         # the pixels are upright, but the EXIF block still says how they were
         image.set_type(pyvips.GValue.gint_type, "orientation", 1)
     options = WRITABLE[suffix]
     if suffix in _TIFF and image.width * image.height * image.bands * (1 + wide) >= _LARGE_TIFF:
         options = {**options, "bigtiff": True, "tile": True, "tile_width": 256, "tile_height": 256}
-    try:
+    with _vips(f"{path}: cannot be written"):
         image.write_to_file(str(temporary), **options)
-    except pyvips.Error as error:
-        raise ImageError(f"{path}: cannot be written: {_reason(error)}") from error
 
 
 @contextmanager
@@ -269,7 +274,7 @@ def _lock(file: Any) -> None:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _reason(error: Exception) -> str:
-    """libvips piles up lines of several attempts; the first that is not our own call says it."""
-    lines = [line.strip() for line in str(getattr(error, "detail", "") or error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def _first_line(text: str) -> str:
+    """libvips piles up lines of several attempts, of which the first says it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else "no reason given"

@@ -1,0 +1,349 @@
+"""Broken and hostile input: a typed error, soon, and nothing written outside of the destination."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import string
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anysize
+import numpy as np
+import pytest
+import torch
+from anysize import AnysizeError, ImageError, ModelLoadError, ModelSpec, Upscaler
+from anysize.files import read_picture, write_picture
+from anysize.models import load_weights
+from anysize.models.architectures import SRVGGNetCompact
+from conftest import ENGINES
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toys import image_spec, nearest, numpy_session
+
+NIGHTLY = bool(os.environ.get("ANYSIZE_NIGHTLY"))
+#: seconds that a case may take
+LIMIT = 10.0
+
+
+def cases(few: int, many: int = 20_000) -> Callable[[Any], Any]:
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=many if NIGHTLY else few, deadline=None, suppress_health_check=checks)
+
+
+#: changes to a file's bytes: where, as a part of its length, what kind, and with what
+EDITS = st.lists(
+    st.tuples(
+        st.floats(0, 1, exclude_max=True),
+        st.sampled_from(["set", "cut", "insert", "repeat", "number"]),
+        st.binary(min_size=1, max_size=8),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def edited(data: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
+    for where, kind, value in edits:
+        at = int(where * len(data))
+        match kind:
+            case "set":
+                data = data[:at] + value + data[at + len(value) :]
+            case "cut":
+                data = data[:at]
+            case "insert":
+                data = data[:at] + value + data[at:]
+            case "repeat":
+                data = data[:at] + data[at : at + 64] * (1 + value[0]) + data[at:]
+            case "number":  # sizes and offsets, as large as they get
+                data = data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
+    return data
+
+
+class Samples(dict[str, bytes]):
+    """Whole files by suffix, which no message shows."""
+
+    def __repr__(self) -> str:
+        return "Samples"
+
+
+class Tally:
+    """What became of the cases."""
+
+    def __init__(self, record: Callable[[str, object], None]) -> None:
+        self.record, self.outcomes, self.slowest = record, Counter[str](), 0.0
+
+    @contextlib.contextmanager
+    def case(self, *typed: type[Exception]) -> Iterator[None]:
+        started, outcome = time.monotonic(), "taken"
+        try:
+            yield
+        except typed as error:
+            outcome = type(error).__name__
+        self.slowest = max(self.slowest, time.monotonic() - started)
+        assert self.slowest < LIMIT
+        self.outcomes[outcome] += 1
+
+    def close(self) -> None:
+        self.record("cases", sum(self.outcomes.values()))
+        self.record("outcomes", json.dumps(self.outcomes))
+        self.record("slowest", round(self.slowest, 2))
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Iterator[Tally]:
+    counts = Tally(record_property)
+    yield counts
+    counts.close()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """A small picture in each format, with metadata."""
+    import pyvips
+
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    found = Samples()
+    for suffix in (".png", ".jpg", ".webp", ".tif", ".avif", ".gif"):
+        channels = 3 if suffix in (".jpg", ".gif") else 4
+        image = pyvips.Image.new_from_array(rng.integers(0, 256, (13, 17, channels), np.uint8))
+        image = image.copy(interpretation="srgb")
+        image.set_type(pyvips.GValue.blob_type, "icc-profile-data", bytes(range(200)))
+        image.write_to_file(str(folder / f"x{suffix}"))
+        found[suffix] = (folder / f"x{suffix}").read_bytes()
+    return found
+
+
+@given(suffix=st.sampled_from([".png", ".jpg", ".webp", ".tif", ".avif", ".gif"]), edits=EDITS)
+@cases(300)
+def test_bytes_of_pictures(pictures: Samples, tmp_path: Path, tally: Tally, suffix: str, edits: Any) -> None:
+    for file in tmp_path.iterdir():
+        file.unlink()
+    (tmp_path / f"x{suffix}").write_bytes(edited(pictures[suffix], edits))
+    with tally.case(ImageError):
+        picture = read_picture(tmp_path / f"x{suffix}", pixel_limit=10**7)
+        assert picture.array.ndim == 3
+        assert picture.array.size <= 4 * 10**7
+    with tally.case(ImageError):
+        upscaler = Upscaler(numpy_session(nearest(1), image_spec()))
+        anysize.upscale_file(tmp_path / f"x{suffix}", tmp_path / "out.png", upscaler)
+    (tmp_path / "out.png").unlink(missing_ok=True)
+    assert [f.name for f in tmp_path.iterdir()] == [f"x{suffix}"]
+
+
+@pytest.mark.parametrize("width", [65_535, 2**31 - 1])
+def test_a_header_of_a_huge_picture_costs_nothing(tmp_path: Path, width: int) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, width, 16, 6, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + body)
+    import psutil
+
+    before, started = psutil.Process().memory_info().rss, time.monotonic()
+    with pytest.raises(ImageError):
+        anysize.upscale_file(tmp_path / "bomb.png", tmp_path / "out.png", "default")
+    assert time.monotonic() - started < 2
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+
+
+@pytest.fixture(scope="module")
+def weights() -> Samples:
+    from safetensors.torch import save
+
+    state = SRVGGNetCompact(3, 4, 1, 2).state_dict()
+    file = io.BytesIO()
+    torch.save({"params": state}, file)
+    old = io.BytesIO()
+    torch.save({"params": state}, old, _use_new_zipfile_serialization=False)
+    return Samples({".safetensors": save(state), ".pth": file.getvalue(), ".pt": old.getvalue()})
+
+
+@given(suffix=st.sampled_from([".safetensors", ".pth", ".pt"]), edits=EDITS)
+@cases(300)
+def test_bytes_of_weights(weights: Samples, tmp_path: Path, tally: Tally, suffix: str, edits: Any) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(edited(weights[suffix], edits))
+    with tally.case(ModelLoadError):
+        load_weights(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    header=st.dictionaries(st.text(max_size=8), JSON, max_size=4),
+    size=st.integers(-8, 2**63),
+    body=st.binary(),
+)
+@cases(200)
+def test_headers_of_safetensors(tmp_path: Path, tally: Tally, header: Any, size: int, body: bytes) -> None:
+    text = json.dumps(header).encode()
+    length = len(text) + size if size < 0 else size if size % 3 else len(text)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((length % 2**64).to_bytes(8, "little") + text + body)
+    with tally.case(ModelLoadError):
+        load_weights(path)
+
+
+class Runs:
+    """An object that runs code where it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("function", [os.system, eval, exec, Path.touch, open, torch.load, __import__])
+def test_pickles_that_run_code_are_refused(
+    tmp_path: Path, function: Any, packed: bool, protocol: int, tally: Tally
+) -> None:
+    marker = tmp_path / "was-here"
+    argument: Any = {
+        os.system: f"touch {marker}",
+        eval: f"open({str(marker)!r}, 'w')",
+        exec: f"open({str(marker)!r}, 'w')",
+        Path.touch: marker,
+        open: str(marker),
+    }.get(function, "os")
+    hostile = {
+        "params": {"body.0.weight": Runs(function, *([argument, "w"] if function is open else [argument]))}
+    }
+    data = pickle.dumps(hostile, protocol)
+    if packed:
+        made = io.BytesIO()
+        with zipfile.ZipFile(made, "w") as file:
+            for name, part in (("data.pkl", data), ("version", b"3\n"), ("byteorder", b"little")):
+                file.writestr(f"archive/{name}", part)
+        data = made.getvalue()
+    for suffix in (".pth", ".ckpt", ".pt", ".safetensors"):
+        (tmp_path / f"x{suffix}").write_bytes(data)
+        with pytest.raises(ModelLoadError):
+            anysize.load(tmp_path / f"x{suffix}", backend="torch")
+        with tally.case(ModelLoadError):
+            load_weights(tmp_path / f"x{suffix}")
+        assert not marker.exists()
+
+
+SPEC = image_spec(2).to_json()
+
+
+@given(edits=EDITS, wild=JSON, key=st.sampled_from(sorted(json.loads(SPEC))))
+@cases(300)
+def test_contracts_inside_of_models(tally: Tally, edits: Any, wild: Any, key: str) -> None:
+    broken = edited(SPEC.encode(), edits).decode(errors="replace")
+    for text in (broken, json.dumps(wild), json.dumps({**json.loads(SPEC), key: wild})):
+        with tally.case(ModelLoadError):
+            spec = ModelSpec.from_json(text)
+            assert ModelSpec.from_json(spec.to_json()) == spec
+
+
+WORDS = st.sampled_from(
+    [
+        *("upscale", "export", "parity", "bench", "tune", "models", "get", "backends", "IN", "OUT", "FOLDER"),
+        *(
+            "-o",
+            "-m",
+            "-b",
+            "--model",
+            "--backend",
+            "--tile",
+            "--overlap",
+            "--method",
+            "--memory",
+            "--outscale",
+        ),
+        *("--precision", "--json", "--device", "--threads", "--resume", "--verify", "--timeout", "--sizes"),
+        *("--bisect", "--help", "--", "-", "", "0", "-1", "1e999", "nan", "2GiB", "tile", "stream", "4", "x"),
+    ]
+)
+
+
+@given(words=st.lists(WORDS | st.text(string.printable + "é\u202e\U0001f600", max_size=6), max_size=7))
+@cases(60)
+def test_arguments_of_the_command(tmp_path: Path, tally: Tally, words: list[str]) -> None:
+    from anysize.cli import main
+
+    (tmp_path / "in").mkdir(exist_ok=True)
+    write_picture(tmp_path / "in" / "a.png", np.zeros((5, 4, 3), np.uint8))
+    names = {
+        "IN": str(tmp_path / "in" / "a.png"),
+        "OUT": str(tmp_path / "out.png"),
+        "FOLDER": str(tmp_path / "out"),
+    }
+    errors = io.StringIO()
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        slow = {"bench", "tune", "parity", "export", "get"} & set(words)
+        line = [names.get(word, word) for word in words if "\0" not in word]
+        if slow:  # runs for minutes where it is right
+            line.append("--no-such-option")
+        with (
+            contextlib.redirect_stderr(errors),
+            contextlib.redirect_stdout(io.StringIO()),
+            tally.case(SystemExit),
+        ):
+            main(line)
+    finally:
+        os.chdir(here)
+    assert "Traceback" not in errors.getvalue()
+    assert "internal error" not in errors.getvalue()
+
+
+NAMES = [
+    *(
+        "a b.png",
+        "ü€😀.png",
+        "-o.png",
+        "--help.png",
+        "new\nline.png",
+        "quote'\".png",
+        "a;b&c.png",
+        "$(x).png",
+    ),
+    *("[page=1].png", "x.png[Q=1].png", "%s%d.png", "con.png", " lead.png", "trail .png", "\x01\x1b[31m.png"),
+    *("~.png", "*.png", "?.png", "a" * 240 + ".png"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_files(tmp_path: Path, name: str) -> None:
+    from anysize.cli import main
+
+    (tmp_path / "in").mkdir()
+    source = tmp_path / "in" / name
+    write_picture(source, np.zeros((5, 4, 3), np.uint8))
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "in" / "loop.png").symlink_to(tmp_path / "in" / "loop.png")
+    with pytest.raises(SystemExit) as caught:
+        main(["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--backend", ENGINES[0]])
+    assert caught.value.code == 1  # the loop
+    made = sorted(f.name for f in (tmp_path / "out").iterdir())
+    assert made == sorted(["anysize.jsonl", f"{source.stem}_x4.png"])
+    with pytest.raises(SystemExit) as caught:
+        main(["upscale", str(source), "-o", str(tmp_path / "in" / ".." / "up.png"), "--backend", ENGINES[0]])
+    assert caught.value.code == 0
+    assert {f.name for f in tmp_path.iterdir()} == {"in", "out", "up.png", "loop.png"}
+    for wrong in (tmp_path / "loop.png", tmp_path / "loop.png" / "x.png"):
+        with pytest.raises(AnysizeError):
+            anysize.upscale_file(wrong, tmp_path / "y.png")

@@ -209,6 +209,9 @@ def run_jobs(
     check = as_check(cancel)
     ended = threading.Event()
 
+    def stop() -> bool:
+        return ended.is_set() or check()
+
     def do(job: Job) -> tuple[Report, AnysizeError | None]:
         error: AnysizeError
         try:
@@ -218,12 +221,8 @@ def run_jobs(
                 raise ImageError(f"{job.dst}: would overwrite {overwritten}, an input of this run")
             if resume and manifest is not None and (report := manifest.finished(job.src, job.dst)):
                 return report, None
-            written = None
-            if manifest is not None:
-                source = digest(job.src)
-                written = lambda report, temporary: manifest.add(report, source, temporary)  # noqa: E731
+            written = None if manifest is None else partial(manifest.add, source=digest(job.src))
             shown = progress(job) if progress else None
-            stop = lambda: ended.is_set() or check()  # noqa: E731
             with time_limit(timeout):
                 return _upscale(job.src, job.dst, upscaler, outscale, shown, stop, written), None
         except Cancelled:

@@ -102,7 +102,7 @@ class ShapeGuard:
     def run(self, feeds: Feeds, *, finite: bool, streams: int = 1) -> dict[str, Array]:
         """One checked run, of `streams` at the same time.
 
-        Raises `ShapeError`, `ExecutionError` or `IntegrityError`.
+        Raises `ShapeError`, `ExecutionError`, `IntegrityError` or `TimedOut`.
         """
         outputs, program = self._run(feeds, finite, streams)
         if self._pictures:

@@ -9,11 +9,18 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from anysize.backends.errors import OptionError, TimedOut
 
 T = TypeVar("T")
+
+
+class _Closes(Protocol):
+    def close(self) -> Any: ...
+
+
+Closes = TypeVar("Closes", bound=_Closes)
 #: when, by the monotonic clock, what is done in this context has to end
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
@@ -68,6 +75,19 @@ def in_time(function: Callable[[], T], what: str) -> T:
     if time.monotonic() >= ends:
         raise TimedOut(f"the time is up, {what}", backend="")
     return wait_for(in_a_thread(function), what)
+
+
+@contextmanager
+def closing_in_time(thing: Closes) -> Iterator[Closes]:
+    """Close it at the end, unless the time was up, when a run of it may still go on."""
+    try:
+        yield thing
+    except TimedOut:
+        raise
+    except BaseException:
+        thing.close()
+        raise
+    thing.close()
 
 
 def in_a_thread(function: Callable[[], T]) -> Future[T]:

@@ -44,8 +44,8 @@ class Manifest:
             return None
         return Report("kept", input=str(src), output=str(dst), reason="done before, with the same settings")
 
-    def add(self, report: Report, source: str | None = None, result: Path | None = None) -> None:
-        """Note what became of a picture. `source`: its digest; `result`: the file that will be its result.
+    def add(self, report: Report, result: Path | None = None, source: str | None = None) -> None:
+        """Note what became of a picture. `result`: the file that will be its result; `source`: its digest.
 
         Raises `ImageError` where the manifest cannot be written.
         """

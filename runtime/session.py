@@ -306,7 +306,7 @@ class Session:
         `streams`: how many such runs are made at the same time, if the caller makes several; the engine then
         gives each its share of the threads.
         Raises `ShapeError` before the engine runs, `ExecutionError` if it fails, `IntegrityError` if
-        what it returns cannot be right.
+        what it returns cannot be right, `TimedOut` within a `time_limit`.
         """
         if not isinstance(feeds, Mapping):
             raise OptionError(f"feeds are arrays by input name, not {type(feeds).__name__}")

@@ -33,7 +33,7 @@ class Results:
         #: by digest of a result, that of what it was for
         self._for: OrderedDict[int, int] = OrderedDict()
         #: those that are right for several
-        self._several: deque[int] = deque(maxlen=_LATELY)
+        self._several: OrderedDict[int, None] = OrderedDict()
         self._held: deque[weakref.ref[Array]] = deque(maxlen=_HELD)
 
     def earlier(self, given: int, result: int) -> bool:
@@ -53,7 +53,9 @@ class Results:
     def confirm(self, result: int) -> None:
         """It is right for several."""
         with self._lock:
-            self._several.append(result)
+            self._several[result] = None
+            while len(self._several) > _LATELY:
+                self._several.popitem(last=False)
 
     def shares_memory(self, outputs: Feeds, feeds: Feeds) -> str | None:
         """The name of an output in memory of a feed, or of an earlier output that somebody still holds."""

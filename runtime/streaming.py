@@ -163,11 +163,7 @@ class BandRun:
         for strip, run in enumerate(runs):
             try:
                 parts.append(run())
-            except (
-                ExecutionError,
-                IntegrityError,
-                TimedOut,
-            ) as error:  # several may share it
+            except (ExecutionError, IntegrityError, TimedOut) as error:  # shared by several
                 column = self._columns[strip].start
                 window = pixels[None, :, :, column : column + self._extent]
                 error.tile, error.shape = (self._pushed, strip), {self._runner.input: window.shape}

@@ -155,11 +155,7 @@ def run_grid(
     def store(i: int, j: int, done: Callable[[], tuple[Array, float]]) -> float:
         try:
             result, seconds = done()
-        except (
-            ExecutionError,
-            IntegrityError,
-            TimedOut,
-        ) as error:  # several may share it
+        except (ExecutionError, IntegrityError, TimedOut) as error:  # shared by several
             error.tile = (i, j)
             raise
         put(cut.rows[i].first * scale, cut.columns[j].first * scale, result)

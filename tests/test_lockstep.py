@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from anysize import (
     NotStreamable,
     OptionError,
     Tiling,
+    TimedOut,
     Upscaler,
+    time_limit,
 )
 from anysize.backends import get_backend
 from anysize.exporters import export
@@ -31,6 +34,7 @@ from conftest import ENGINES, ToyBox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
+from test_faults import Stale
 from torch import nn
 from torch.nn import functional as F
 
@@ -187,6 +191,47 @@ def test_a_fault_at_any_call_is_an_error(toybox: ToyBox, fault: Callable) -> Non
         picture
     )
     assert beyond.calls == before + len(places)
+
+
+def test_an_earlier_result_is_never_taken_for_a_new_one(toybox: ToyBox) -> None:
+    engine, file = get_backend(GRAPHS[0]), toybox.file("WholePicture")
+    session = anysize.load(file, backend=engine)
+    tiling, count = Tiling("lockstep", 16), 4 * len(session.lockstep().model.stages)
+    picture = np.random.default_rng(0).random((64, 40, 3), np.float32)
+    want = Upscaler(session, tiling=tiling)(picture)
+    verifying = toys.Faulty(engine, toys.raises)
+    anysize.load(file, backend=verifying).lockstep()
+    found = 0
+    for call in range(count):
+        stale = toys.Faulty(engine, Stale(verifying.calls + call), *range(10**4))
+        try:
+            got = Upscaler(anysize.load(file, backend=stale), tiling=tiling)(picture)
+        except IntegrityError as error:
+            found += "returned an earlier result again" in str(error)
+        else:  # of the verification before, another size
+            np.testing.assert_array_equal(got, want)
+    assert found >= count - len(session.lockstep().model.stages)
+
+
+def test_time_is_up_in_a_stage(toybox: ToyBox) -> None:
+    go_on = threading.Event()
+
+    def hangs(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        go_on.wait(60)
+        return outputs
+
+    engine = toys.Faulty(get_backend(GRAPHS[0]), hangs)
+    upscale = Upscaler(
+        anysize.load(toybox.file("WholePicture"), backend=engine), tiling=Tiling("lockstep", 16)
+    )
+    upscale.session.lockstep()
+    engine.at = (engine.calls + 5,)
+    try:
+        with pytest.raises(TimedOut, match="in stage") as caught, time_limit(0.5):
+            upscale(np.zeros((64, 40, 3), np.uint8))
+    finally:
+        go_on.set()
+    assert caught.value.tile is not None
 
 
 def test_no_room_for_what_waits(toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from anysize.batch import upscale_file
     from anysize.departure import BisectReport, bisect
     from anysize.guard import Stats
+    from anysize.isolate import Isolated
     from anysize.limit import time_limit
     from anysize.models.diffusion import parts
     from anysize.parity import ParityReport, assert_parity, compare
@@ -64,6 +65,7 @@ _HOMES = {
     "batch": "upscale_file",
     "departure": "BisectReport bisect",
     "guard": "Stats",
+    "isolate": "Isolated",
     "limit": "time_limit",
     "models.diffusion": "parts",
     "parity": "ParityReport assert_parity compare",
@@ -125,6 +127,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "IntegrityError",
+    "Isolated",
     "MemoryBudgetError",
     "ModelLoadError",
     "ModelSpec",

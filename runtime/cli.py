@@ -133,12 +133,14 @@ def upscale(
     memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
     verify: Annotated[bool, typer.Option(help="Compute some places of each picture twice.")] = False,
     timeout: Annotated[float | None, typer.Option(help="The most seconds for a picture.")] = None,
+    isolate: Annotated[bool, typer.Option(help="Run the model in a process of its own.")] = False,
     resume: Annotated[bool, typer.Option(help="Leave results that an earlier run finished.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> int:
     """Upscale pictures. A folder's results are named {stem}_x{scale}.png, and listed in its anysize.jsonl."""
     from anysize.batch import open_manifest, plan_jobs, run_jobs
+    from anysize.isolate import Isolated
     from anysize.limit import check_seconds
     from anysize.session import Options
     from anysize.tiling import Tiling
@@ -153,7 +155,8 @@ def upscale(
     if len(inputs) == 1 and not inputs[0].exists():
         raise ImageError(f"{inputs[0]}: no such file")
     options = Options(device=device, threads=threads, calibration=tuple(calibration or ()))
-    upscaler = Upscaler(
+    kind = Isolated if isolate else Upscaler
+    upscaler = kind(
         model, backend=backend, precision=precision, tiling=tiling, options=options, verify=verify
     )
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
@@ -164,6 +167,7 @@ def upscale(
     signal.signal(signal.SIGINT, lambda *_: _interrupt(cancel))
     failures: list[AnysizeError] = []
     with ExitStack() as stack:
+        stack.callback(upscaler.close)
         stack.callback(remove_empty, [] if single else make_folder(output))
         manifest = None if single else open_manifest(output, upscaler, outscale, resume)
         bar = stack.enter_context(_bar()) if err.is_terminal and not as_json else None

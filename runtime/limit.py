@@ -51,6 +51,12 @@ def check_seconds(seconds: float | None) -> None:
         raise OptionError(f"a time limit must be a positive number of seconds, not {seconds!r}")
 
 
+def seconds_left() -> float | None:
+    """Until the limit; None where there is none."""
+    ends = _deadline.get()
+    return None if ends is None else ends - time.monotonic()
+
+
 def limited() -> bool:
     """Whether there is a limit here."""
     return _deadline.get() is not None

@@ -1,0 +1,264 @@
+"""A model in a process of its own: the same pictures, and whatever happens there is an error here."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anysize
+import numpy as np
+import pytest
+from anysize import (
+    AnysizeError,
+    Cancelled,
+    ExecutionError,
+    ImageError,
+    IntegrityError,
+    MemoryBudgetError,
+    ModelLoadError,
+    OptionError,
+    Options,
+    ShapeError,
+    Tiling,
+    TimedOut,
+    Upscaler,
+    isolate,
+    time_limit,
+)
+from anysize.files import write_picture
+from anysize.isolate import Isolated
+from conftest import ENGINES, ToyBox
+from PIL import Image
+
+#: the process with an engine that goes wrong, in a way that the name of its model says
+FAULTY = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import numpy as np
+import toys
+from anysize.backends import get_backend, registry
+from anysize.isolate import main
+from anysize.session import Session
+
+def fault(outputs):
+    if open({{flag!r}}).read() == "crash":
+        os.kill(os.getpid(), 11)
+    if open({{flag!r}}).read() == "exit":
+        os._exit(3)
+    if open({{flag!r}}).read() == "hang":
+        time.sleep(100)
+    if open({{flag!r}}).read() == "memory":
+        np.ones(2**40)
+    if open({{flag!r}}).read() == "raise":
+        raise RuntimeError("planted failure")
+    if open({{flag!r}}).read() == "nan":
+        return toys.not_a_number(outputs)
+    if open({{flag!r}}).read() == "print":
+        print("engines print", flush=True)
+        os.write(1, b"and so on")
+    return outputs
+
+engine = toys.Faulty(get_backend({ENGINES[0]!r}), fault, *range(10**6))
+import anysize.session, anysize.sources
+anysize.session.choose_backend = lambda *_: engine
+main()
+"""
+
+
+@pytest.fixture
+def faulty(
+    toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Isolated, Path]]:
+    """A model whose engine does what a file says."""
+    flag = tmp_path / "flag"
+    flag.write_text("")
+    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", FAULTY.format(flag=str(flag))])
+    upscale = Isolated(toybox.file("Doubling"), tiling=Tiling("tile", 16))
+    yield upscale, flag
+    upscale.close()
+
+
+def test_the_same_pictures(backend: str, toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
+    plain = Upscaler("default", backend=backend)
+    alone = Isolated("default", backend=backend)
+    assert alone.scale == plain.scale == 4
+    assert alone.identity() == plain.identity()
+    for kind in ((40, 30, 3, np.uint8), (20, 31, 4, np.uint16), (9, 9, 1, np.float32)):
+        x = picture(*kind)
+        np.testing.assert_array_equal(alone(x), plain(x))
+        assert alone.report is not None
+        assert plain.report is not None
+        for name in ("width", "height", "backend", "precision", "method", "exact"):
+            assert getattr(alone.report, name) == getattr(plain.report, name)
+    image = Image.fromarray(picture(10, 12)).convert("LA")
+    result = alone(image, outscale=1.5)
+    assert (result.mode, result.size) == ("LA", (18, 15))
+    steps: list[tuple[int, int]] = []
+    alone(picture(300, 300), progress=lambda done, total: steps.append((done, total)))
+    assert steps[-1][0] == steps[-1][1]
+    alone.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("crash", "process ended: SIGSEGV"), ("exit", "process ended: exit code 3")],
+)
+def test_the_end_of_the_process_is_an_error(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray], what: str, says: str
+) -> None:
+    upscale, flag = faulty
+    want = upscale(picture(40, 40))
+    flag.write_text(what)
+    for _ in range(2):
+        with pytest.raises(ExecutionError, match=says):
+            upscale(picture(40, 40))
+    flag.write_text("")
+    np.testing.assert_array_equal(upscale(picture(40, 40)), want)
+
+
+def test_errors_are_those_of_the_process(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    upscale, flag = faulty
+    child = upscale._child
+    flag.write_text("raise")
+    with pytest.raises(ExecutionError, match=r"planted failure \[.*tile \(row 0, column 0\)\]") as failed:
+        upscale(picture(40, 40))
+    assert failed.value.tile == (0, 0)
+    assert failed.value.backend == ENGINES[0]
+    flag.write_text("nan")
+    with pytest.raises(IntegrityError, match="not finite") as caught:
+        upscale(picture(40, 40))
+    assert caught.value.got == "not finite"
+    flag.write_text("memory")
+    with pytest.raises((MemoryBudgetError, ExecutionError)):
+        upscale(picture(40, 40))
+    flag.write_text("print")
+    assert upscale(picture(40, 40)).shape == (80, 80, 3)
+    with pytest.raises(ImageError):
+        upscale("no picture")
+    with pytest.raises(OptionError):
+        upscale(picture(4, 4), outscale=-1)
+    assert upscale._child is child
+
+
+def test_time_and_cancelling_end_a_busy_engine(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    upscale, flag = faulty
+    flag.write_text("hang")
+    started = time.monotonic()
+    with pytest.raises(TimedOut), time_limit(0.5):
+        upscale(picture(40, 40))
+    assert 0.4 < time.monotonic() - started < 3
+    cancel = threading.Event()
+    threading.Timer(2, cancel.set).start()
+    with pytest.raises(Cancelled):
+        upscale(picture(40, 40), cancel=cancel)
+    assert time.monotonic() - started < 20
+    flag.write_text("")
+    assert upscale(picture(40, 40)).shape == (80, 80, 3)
+
+
+def test_several_threads(toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = Isolated(toybox.file("Nearest"))
+    pictures = [picture(20 + i, 30 - i, seed=i) for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        for got, x in zip(pool.map(alone, pictures), pictures, strict=True):
+            np.testing.assert_array_equal(got, x.repeat(2, 0).repeat(2, 1))
+    alone.close()
+    np.testing.assert_array_equal(alone(pictures[0]), pictures[0].repeat(2, 0).repeat(2, 1))
+    alone.close()
+
+
+def test_nobody_stays_behind(toybox: ToyBox, tmp_path: Path) -> None:
+    """The process ends with the one that started it."""
+    import subprocess
+
+    code = (
+        "import sys, os, signal; from anysize.isolate import Isolated; u = Isolated(sys.argv[1]); "
+        "print(u._child._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, toybox.file("Nearest")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pid, deadline = int(done.stdout), time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the process is still there")
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError):
+        Isolated(tmp_path / "none.onnx")
+    with pytest.raises(anysize.BackendNotFoundError):
+        Isolated(backend="nothing")
+    with pytest.raises(OptionError, match="a model in a file"):
+        Isolated(object())  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="memory must be"):
+        Isolated(most="much")
+    with pytest.raises(OptionError, match="by its name"):
+        Isolated(backend=object())  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="are files"):
+        Isolated(precision="int8", options=Options(calibration=(np.zeros((4, 4, 3)),)))
+    (tmp_path / "broken.onnx").write_bytes(b"\x08" * 100)
+    with pytest.raises(ModelLoadError):
+        Isolated(tmp_path / "broken.onnx")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_process_takes_no_more_memory_than_it_may(picture: Callable[..., np.ndarray]) -> None:
+    with pytest.raises(AnysizeError):
+        Isolated("default", most="20MiB")(picture(300, 300))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from anysize.cli import main
+
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        write_picture(tmp_path / "in" / f"{i}.png", np.full((9, 7 + i, 3), 40 * i, np.uint8))
+    line = ["upscale", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--isolate", "--resume"]
+    for said in ("3 of 3 pictures done", "3 of 3 pictures done, 3 of them before"):
+        with pytest.raises(SystemExit) as caught:
+            main(line)
+        assert caught.value.code == 0
+        assert said in capsys.readouterr().err
+
+
+def test_attributes_of_errors_survive() -> None:
+    error = ShapeError("x", 2, 7, "must be a multiple of 2", (6, 8))
+    again = isolate._error(isolate._said(error))
+    assert type(again) is ShapeError
+    assert str(again) == str(error)
+    assert (again.axis, again.nearest) == (2, (6, 8))
+
+
+def heard(*parts: bytes) -> Any:
+    import io
+
+    return isolate._read(io.BytesIO(b"".join(parts)))
+
+
+def test_messages_that_make_no_sense_are_refused() -> None:
+    for parts in (
+        (b"\xff\xff\xff\xff",),
+        (b"\x02\0\0\0", b"{}"[:1]),
+        (b"\x05\0\0\0", b"{bad}"),
+        (b"\x1d\0\0\0", b'{"dtype": "O", "shape": [2]} '),
+    ):
+        with pytest.raises((ValueError, EOFError)):
+            heard(*parts)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from anysize.backends.errors import (
     AnysizeError,
     Cancelled,
     ExecutionError,
+    IntegrityError,
     MemoryBudgetError,
     ModelLoadError,
     OptionError,
@@ -36,12 +37,13 @@ from anysize.pixels import open_picture
 from anysize.report import Report
 from anysize.session import Options, as_options
 from anysize.tiling import Tiling, parse_bytes
-from anysize.upscale import Upscaler, check_outscale
+from anysize.upscale import Upscaler, check_outscale, result_size
 from anysize.work import Cancel, Progress, Rows, as_check
 
 _COMMAND = [sys.executable, "-P", "-m", "anysize.isolate"]
 #: seconds between looks at whether to stop
 _LOOK = 0.05
+_REPORTED = [field.name for field in fields(Report)]
 #: bytes of a message beside its array
 _LONGEST = 2**24
 
@@ -113,7 +115,16 @@ class Isolated(Upscaler):
             child = self._open(stop)
             child.send({"outscale": outscale}, np.ascontiguousarray(picture.array))
             answer, result = self._answer(child, stop, progress)
-        self._last.report = Report(**answer["report"])
+        height, width, channels = picture.array.shape
+        size = result_size(height, width, outscale, self.scale)
+        if (result.shape, result.dtype) != ((*size, channels), picture.array.dtype):
+            raise IntegrityError(
+                "the model's process returned another picture",
+                backend="",
+                got=(result.shape, result.dtype),
+                want=((*size, channels), picture.array.dtype),
+            )
+        self._last.report = Report(**{name: answer["report"].get(name) for name in _REPORTED})
         return picture.restore(result)
 
     def stream(
@@ -361,7 +372,7 @@ def _said(error: BaseException) -> dict[str, Any]:
     if isinstance(error, MemoryError):
         error = MemoryBudgetError("the model's process may take no more memory")
     text = str(error) if isinstance(error, AnysizeError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, errors.ExecutionError | errors.IntegrityError | errors.TimedOut):
+    if isinstance(error, ExecutionError | IntegrityError | TimedOut):
         text = error.message
     known = {}
     for name, value in vars(error).items():

@@ -137,7 +137,10 @@ def choose_backend(source: Source, backend: str | Backend) -> Backend:
         chosen = chosen_or_none
     if not _takes(chosen.formats, form) and not (form == "bundled" and "module" in chosen.formats):
         others = [info for info in describe_backends() if info.name != chosen.name]
-        takers = [i.name for i in others if i.problem is not None or _takes(i.formats, form)]
+        # what one that is not installed takes is not known, but for the few of our own
+        takers = [
+            i.name for i in others if _takes(i.formats, form) or (i.problem and i.name in _TAKERS[form])
+        ]
         raise ModelLoadError(
             f"backend '{chosen.name}' takes {', '.join(chosen.formats)}, not {form} ({source}); "
             f"try {' or '.join(takers)}"

@@ -97,7 +97,7 @@ class Upscaler:
         """
         picture = open_picture(image)
         rows = ArrayRows(picture.array)
-        size = _target(rows.height, rows.width, outscale, self.scale)
+        size = result_size(rows.height, rows.width, outscale, self.scale)
         native = size == (rows.height * self.scale, rows.width * self.scale)
         # Straight into the result's dtype, unless it has to be resized from unrounded values.
         dtype = rows.dtype if native else np.dtype(np.float32)
@@ -153,7 +153,7 @@ class Upscaler:
         """
         # what waits to be read, written or joined: a few bands
         held = 2**25
-        _target(rows.height, rows.width, None, self.scale)
+        result_size(rows.height, rows.width, None, self.scale)
         if rows.alpha_range is not None and rows.alpha_range[0] == 0 < rows.alpha_range[1]:
             return None  # colour under no alpha comes from its neighbours, wherever they are
         started = time.perf_counter()
@@ -247,7 +247,8 @@ class Upscaler:
         (self._precisions or self.session).close()
 
 
-def _target(height: int, width: int, outscale: float | None, scale: int) -> tuple[int, int]:
+def result_size(height: int, width: int, outscale: float | None, scale: int) -> tuple[int, int]:
+    """Height and width of the result. Raises `OptionError` for no scale, and for a result too large."""
     check_outscale(outscale)
     height, width = (max(1, round(n * (outscale or scale))) for n in (height, width))
     if height * width > _PIXEL_LIMIT:

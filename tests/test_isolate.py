@@ -262,3 +262,19 @@ def test_messages_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises((ValueError, EOFError)):
             heard(*parts)
+
+
+def test_another_picture_than_asked_for_is_an_error(
+    toybox: ToyBox, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upscale = Isolated(toybox.file("Nearest"))
+    real = isolate._Child.receive
+
+    def other(self: Any, stop: Any) -> Any:
+        message, data = real(self, stop)
+        return message, data[:-1] if data.ndim == 3 else data
+
+    monkeypatch.setattr(isolate._Child, "receive", other)
+    with pytest.raises(IntegrityError, match="returned another picture"):
+        upscale(picture(10, 12))
+    upscale.close()

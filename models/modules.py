@@ -54,7 +54,7 @@ class Part(nn.Module):
         self.note = ""
         if error is not None:
             self.note = f"positions interpolated, off by up to {error:.2g} (of values in -1..1)"
-            log.warning("%s: %s", type(model).__name__, self.note)
+            log.warning("contract of %s: %s", type(model).__name__, self.note)
         if size is not None:
             sizes = dict(zip("hw", size, strict=True))
             self.inputs = tuple(_fixed(tensor, sizes) for tensor in self.inputs)

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from anysize.rowfiles import RowReader, RowWriter
 from anysize.session import Session
 from anysize.sources import Source
 from anysize.tiling import Tiling
+from anysize.tracing import span
 from anysize.upscale import Upscaler, check_outscale
 from anysize.work import Cancel, Progress, as_check
 
@@ -87,6 +89,22 @@ def _upscale(
     written: Written | None = None,
 ) -> Report:
     """From file to file. A model is opened when the picture has been found good."""
+    with span("upscale_file", input=src, output=dst) as note:
+        report = _from_file(src, dst, source, outscale, progress, cancel, written)
+        note(**report.to_dict())
+    log.info("%s -> %s: %s", src, dst, report)
+    return report
+
+
+def _from_file(
+    src: Path,
+    dst: Path,
+    source: Upscaler | Callable[[], Upscaler],
+    outscale: float | None,
+    progress: Progress | None,
+    cancel: Cancel | None,
+    written: Written | None,
+) -> Report:
     started = time.perf_counter()
     check_destination(dst, src)
     check_outscale(outscale)
@@ -113,7 +131,6 @@ def _upscale(
         with replacing(dst) as temporary:
             save(temporary, result, picture.header, dst)
             report = finish(temporary)
-    log.info("%s -> %s: %s", src, dst, report)
     return report
 
 
@@ -247,7 +264,7 @@ def run_jobs(
     with ThreadPoolExecutor(at_once) as pool:
         try:
             for job in jobs:
-                running.append(pool.submit(do, job))
+                running.append(pool.submit(copy_context().run, do, job))
                 if len(running) == at_once:
                     yield running.popleft().result()
             while running:

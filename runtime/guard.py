@@ -24,6 +24,7 @@ from anysize.backends.base import Array, Backend, EngineOptions, Executable, Fee
 from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError, TimedOut
 from anysize.limit import in_a_thread, in_time, limited, wait_for
 from anysize.stale import Results, digest_of_feeds, digest_of_results
+from anysize.tracing import span
 
 log = logging.getLogger("anysize")
 
@@ -40,13 +41,21 @@ _COMPILING, _RUNNING = "while the model is compiled", "in a run"
 
 @dataclass
 class Stats:
-    """Counters of one guard or session; seconds are wall-clock."""
+    """Counters of one guard or session; seconds are wall-clock.
+
+    `calls`: runs that gave results. `compiles`, `live`: programs made, and alive now. `cache_hits`: calls
+    that found their program. `evictions`: programs that gave way to others. `failed`: runs that raised in the
+    engine, took too long or were found wrong; `discarded`: programs thrown away. `repeated`: results that had
+    come before, and were asked for again. `fallbacks`: each use of another engine, with its reason.
+    """
 
     calls: int = 0
     compiles: int = 0
     cache_hits: int = 0
     evictions: int = 0
+    failed: int = 0
     discarded: int = 0
+    repeated: int = 0
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
     live: int = 0
@@ -119,7 +128,8 @@ class ShapeGuard:
             with self._watched(program, shapes):
                 executable = wait_for(program.ready, _COMPILING)
                 started = time.perf_counter()
-                outputs = in_time(partial(executable.run, feeds), _RUNNING)
+                with span("run", backend=self.backend.name, shapes=shapes):
+                    outputs = in_time(partial(executable.run, feeds), _RUNNING)
                 seconds = time.perf_counter() - started
                 self._check(outputs, self.spec.output_shapes(sizes), feeds, shapes, finite)
         finally:
@@ -132,6 +142,10 @@ class ShapeGuard:
 
         Where values are cut off at 0 or 1, it may well be right. Raises `IntegrityError` unless it is.
         """
+        shapes = {name: value.shape for name, value in feeds.items()}
+        log.info("a result came twice for %s on %s, and is asked for again", shapes, self.backend.name)
+        with self._lock:
+            self._stats.repeated += 1
         if not self._results.is_usual(result):
             self._discard(program)
         answers = []
@@ -139,8 +153,9 @@ class ShapeGuard:
             outputs, program = self._run(asked, finite, streams)
             answers.append(digest_of_results(outputs.values()))
         if answers[0] == result or answers[1] != result:
+            with self._lock:
+                self._stats.failed += 1
             self._discard(program)
-            shapes = {name: value.shape for name, value in feeds.items()}
             raise IntegrityError(
                 "the engine returned an earlier result again, which is not this picture's",
                 backend=self.backend.name,
@@ -177,7 +192,15 @@ class ShapeGuard:
         """Whatever goes wrong in the engine ends the program and is one of our errors."""
         try:
             yield
-        except AnysizeError as error:
+        except Exception as error:
+            with self._lock:
+                self._stats.failed += 1
+            if not isinstance(error, AnysizeError):
+                # Engines have been seen to keep failing, or to answer with old data, after one failure.
+                self._discard(program)
+                raise ExecutionError(
+                    f"the engine failed: {_first_line(error)}", backend=self.backend.name, shape=shapes
+                ) from error
             if isinstance(error, IntegrityError):
                 self._discard(program)
             if isinstance(error, TimedOut):
@@ -186,12 +209,6 @@ class ShapeGuard:
                     program.hangs = True
                     self._discard(program)
             raise
-        except Exception as error:
-            # Engines have been seen to keep failing, or to answer with old data, after one failure.
-            self._discard(program)
-            raise ExecutionError(
-                f"the engine failed: {_first_line(error)}", backend=self.backend.name, shape=shapes
-            ) from error
 
     def _count(self, executable: Executable, seconds: float) -> None:
         with self._lock:
@@ -260,7 +277,8 @@ class ShapeGuard:
         shapes = None if key[0] is None else dict(key[0])
         try:
             options = replace(self.options, streams=key[1])
-            executable = self.backend.compile(self.model, shapes, options)
+            with span("compile", backend=self.backend.name, shapes=shapes or "any"):
+                executable = self.backend.compile(self.model, shapes, options)
             if executable.precision != self.options.precision:
                 raise ExecutionError(
                     f"asked for {self.options.precision}, but the engine runs {executable.precision}",
@@ -373,7 +391,8 @@ class Sequence:
             assert value.shape == self._shapes[name], (name, value.shape)
         with self._guard._watched(self._program, self._shapes):
             started = time.perf_counter()
-            outputs = in_time(partial(self._inner.run, feeds), _RUNNING)
+            with span("run", backend=self._guard.backend.name, shapes=self._shapes):
+                outputs = in_time(partial(self._inner.run, feeds), _RUNNING)
             seconds = time.perf_counter() - started
             self._guard._check(outputs, self._want, feeds, self._shapes, True)
         self._guard._count(self._program.ready.result(), seconds)

@@ -33,7 +33,6 @@ from anysize.backends.errors import (
     TimedOut,
 )
 from anysize.limit import seconds_left
-from anysize.pixels import open_picture
 from anysize.report import Report
 from anysize.session import Options, as_options
 from anysize.tiling import Tiling, parse_bytes
@@ -98,34 +97,32 @@ class Isolated(Upscaler):
         with self._lock:
             self._open(as_check(None))
 
-    def __call__(
-        self,
-        image: Any,
-        *,
-        outscale: float | None = None,
-        progress: Progress | None = None,
-        cancel: Cancel | None = None,
-    ) -> Any:
-        """As `Upscaler` does."""
+    def _upscale(
+        self, array: Array, outscale: float | None, progress: Progress | None, cancel: Cancel | None
+    ) -> Array:
         check_outscale(outscale)
         if not (progress is None or callable(progress)):
             raise OptionError(f"progress must be a function, not {type(progress).__name__}")
-        picture, stop = open_picture(image), as_check(cancel)
-        with self._lock:
+        stop = as_check(cancel)
+        while not self._lock.acquire(timeout=_LOOK):  # another thread's picture
+            _check(stop, "")
+        try:
             child = self._open(stop)
-            child.send({"outscale": outscale}, np.ascontiguousarray(picture.array))
-            answer, result = self._answer(child, stop, progress)
-        height, width, channels = picture.array.shape
+            child.send({"outscale": outscale}, np.ascontiguousarray(array))
+            answer, result = self._answer(child, stop, progress, "report")
+        finally:
+            self._lock.release()
+        height, width, channels = array.shape
         size = result_size(height, width, outscale, self.scale)
-        if (result.shape, result.dtype) != ((*size, channels), picture.array.dtype):
+        if (result.shape, result.dtype) != ((*size, channels), array.dtype):
             raise IntegrityError(
                 "the model's process returned another picture",
                 backend="",
                 got=(result.shape, result.dtype),
-                want=((*size, channels), picture.array.dtype),
+                want=((*size, channels), array.dtype),
             )
         self._last.report = Report(**{name: answer["report"].get(name) for name in _REPORTED})
-        return picture.restore(result)
+        return result
 
     def stream(
         self, rows: Rows, *, progress: Progress | None = None, cancel: Cancel | None = None
@@ -158,16 +155,16 @@ class Isolated(Upscaler):
             self._child = _Child()
             self._child.send(self._job)
             try:
-                answer, _ = self._answer(self._child, stop, None)
+                answer, _ = self._answer(self._child, stop, None, "scale", "identity")
             except _EndedError as error:
                 raise ModelLoadError(f"{self._job['source']}: {error}") from error
             self.scale, self._identity = answer["scale"], answer["identity"]
         return self._child
 
     def _answer(
-        self, child: _Child, stop: Callable[[], bool], progress: Progress | None
+        self, child: _Child, stop: Callable[[], bool], progress: Progress | None, *wanted: str
     ) -> tuple[dict[str, Any], Array]:
-        """What the process says at last. Ends it where it is to stop."""
+        """What the process says at last, which has what is wanted. Ends it where it is to stop."""
         try:
             while True:
                 message, data = child.receive(stop)
@@ -176,8 +173,10 @@ class Isolated(Upscaler):
                         progress(*message["progress"])
                 elif "error" in message:
                     raise _error(message)
-                else:
+                elif message.keys() >= set(wanted):
                     return message, data
+                else:
+                    raise _EndedError(f"the model's process said something else: {list(message)}", backend="")
         except BaseException as error:
             if not isinstance(error, AnysizeError) or isinstance(error, (Cancelled, TimedOut, _EndedError)):
                 child.kill()
@@ -205,13 +204,10 @@ class _Child:
     def receive(self, stop: Callable[[], bool]) -> tuple[dict[str, Any], Array]:
         """The next message. Raises `Cancelled`, `TimedOut` and `_EndedError`."""
         while True:
-            if stop():
-                raise Cancelled("cancelled, and its process ended")
+            _check(stop, ", and its process ended")
             left = seconds_left()
-            if left is not None and left <= 0:
-                raise TimedOut("the time is up, and its process ended", backend="")
             try:
-                found = self._messages.get(timeout=_LOOK if left is None else min(_LOOK, left))
+                found = self._messages.get(timeout=_LOOK if left is None else max(0.0, min(_LOOK, left)))
             except queue.Empty:
                 continue
             if found is None:
@@ -241,6 +237,15 @@ class _Child:
                 self._messages.put(_read(self._process.stdout))
         self._process.kill()  # also where what it says makes no sense
         self._messages.put(None)
+
+
+def _check(stop: Callable[[], bool], what: str) -> None:
+    """Raise `Cancelled` or `TimedOut` where it is to stop."""
+    if stop():
+        raise Cancelled(f"cancelled{what}")
+    left = seconds_left()
+    if left is not None and left <= 0:
+        raise TimedOut(f"the time is up{what}", backend="")
 
 
 def _error(message: dict[str, Any]) -> AnysizeError:

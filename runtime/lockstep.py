@@ -34,6 +34,7 @@ from anysize.exporters.steps import Gathered, Rows, Shape
 from anysize.guard import ShapeGuard, Stats
 from anysize.limit import closing_in_time, in_time
 from anysize.stale import Results, digest_of_feeds, digest_of_results
+from anysize.tracing import span
 
 #: rows of a tile
 TILE = 64
@@ -114,7 +115,8 @@ class LockstepRunner:
 
     def compile(self, stage: Stage) -> Executable:
         started = time.perf_counter()
-        program = self.backend.compile(stage.model, None, self.options)
+        with span("compile", backend=self.backend.name, shapes="any"):
+            program = self.backend.compile(stage.model, None, self.options)
         with self._lock:
             self._stats.compiles += 1
             self._stats.compile_seconds += time.perf_counter() - started
@@ -125,6 +127,11 @@ class LockstepRunner:
         with self._lock:
             self._stats.calls += 1
             self._stats.run_seconds += seconds
+
+    def count_failure(self) -> None:
+        """A run of a program that failed, or was found wrong."""
+        with self._lock:
+            self._stats.failed += 1
 
     def stats(self) -> list[Stats]:
         with self._lock:
@@ -182,7 +189,11 @@ class LockstepRun:
                     if cancelled():
                         raise Cancelled(f"cancelled before tile {i} of stage {index}")
                     wanted = tile(self._shapes, stage.made, i, self._count)
-                    outputs = self._tile(program, stage, (index, i), wanted)
+                    try:
+                        outputs = self._tile(program, stage, (index, i), wanted)
+                    except (ExecutionError, IntegrityError, TimedOut):
+                        self._runner.count_failure()
+                        raise
                     for name in stage.writes:
                         values, first = outputs[f"stages/out/{name}"], wanted[name][0]
                         if name == self._runner.model.output:
@@ -238,7 +249,8 @@ class LockstepRun:
         feeds |= {name: self._values[name] for name in stage.known}
         started = time.perf_counter()
         try:
-            outputs = in_time(partial(program.run, feeds), at)
+            with span("run", backend=where["backend"], shapes=where["shape"]):
+                outputs = in_time(partial(program.run, feeds), at)
         except TimedOut as error:
             raise TimedOut(error.message, **where) from error
         except Exception as error:  # each engine has its own classes

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +30,7 @@ from anysize.backends.errors import (
 from anysize.guard import ShapeGuard, Stats, Strategy, log
 from anysize.sources import Source, choose_backend, located, open_source, version_of
 from anysize.stale import RepeatedError
+from anysize.tracing import span
 
 if TYPE_CHECKING:
     from anysize.lockstep import LockstepRunner
@@ -154,7 +155,14 @@ def load(
 
     Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`.
     """
-    settings = as_options(options)
+    name = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
+    with span("load", source=name) as note:
+        session = _load(source, backend, precision, as_options(options))
+        note(backend=session.backend, precision=session.precision)
+    return session
+
+
+def _load(source: Source, backend: str | Backend, precision: str, settings: Options) -> Session:
     if settings.calibration and precision != "int8":
         raise OptionError(f"calibration pictures are for precision int8, not for {precision}")
     if precision == "auto":
@@ -290,10 +298,9 @@ class Session:
         total = self._guards[0].stats()
         apart = [stats for runner in self._runners() for stats in runner.stats()]
         for stats in (*(guard.stats() for guard in self._guards[1:]), *apart):
-            for name in ("calls", "compiles", "cache_hits", "evictions", "discarded", "live"):
-                setattr(total, name, getattr(total, name) + getattr(stats, name))
-            total.compile_seconds += stats.compile_seconds
-            total.run_seconds += stats.run_seconds
+            for name, value in asdict(stats).items():
+                if isinstance(value, (int, float)):
+                    setattr(total, name, getattr(total, name) + value)
         with self._lock:
             total.fallbacks = list(self._fallbacks)
         return total
@@ -363,9 +370,9 @@ class Session:
                 except AnysizeError as error:
                     self._apart[kind] = error
                 except Exception as error:  # a graph stranger than the pass foresees
-                    text = f"the graph cannot be taken apart: {type(error).__name__}: {error}"
-                    self._apart[kind] = NotStreamable(text)
-                    log.warning("%s", text, exc_info=True)
+                    text = f"{type(error).__name__}: {error}"
+                    self._apart[kind] = NotStreamable(f"the graph cannot be taken apart: {text}")
+                    log.warning("the graph cannot be taken apart: %s", text, exc_info=True)
             found = self._apart[kind]
         if isinstance(found, AnysizeError):
             raise found.with_traceback(None)

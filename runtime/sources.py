@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -217,6 +218,7 @@ def _from_weights(path: Path, backend: Backend, cache: Cache | None) -> Model:
     return model
 
 
+@cache
 def version_of(package: str) -> str:
     """Its version; "none" where it is not installed."""
     try:

@@ -25,6 +25,7 @@ from anysize.report import Report
 from anysize.session import Options, Session, as_options, load
 from anysize.sources import Source
 from anysize.tiling import Tiling
+from anysize.tracing import span
 from anysize.verify import Verifier
 from anysize.work import ArrayRows, Cancel, Progress, Rows, Work, as_check, image_scale
 
@@ -96,7 +97,16 @@ class Upscaler:
         `IntegrityError`, `Cancelled`.
         """
         picture = open_picture(image)
-        rows = ArrayRows(picture.array)
+        with span("upscale", picture=picture.array.shape) as note:
+            result = self._upscale(picture.array, outscale, progress, cancel)
+            note(**self._last.report.to_dict())
+        return picture.restore(result)
+
+    def _upscale(
+        self, array: Array, outscale: float | None, progress: Progress | None, cancel: Cancel | None
+    ) -> Array:
+        """Of a picture (H, W, C), and note the report."""
+        rows = ArrayRows(array)
         size = result_size(rows.height, rows.width, outscale, self.scale)
         native = size == (rows.height * self.scale, rows.width * self.scale)
         # Straight into the result's dtype, unless it has to be resized from unrounded values.
@@ -107,7 +117,7 @@ class Upscaler:
         before = self._begin(session)
         work = Work(session, rows, dtype, progress, as_check(cancel))
         # pixels are held as they came, as the result, and as planes while tiles are cut from them
-        held = math.prod(shape) * dtype.itemsize + 8 * math.prod(picture.array.shape)
+        held = math.prod(shape) * dtype.itemsize + 8 * math.prod(array.shape)
         if not native:  # resized, as libvips holds it, and rounded
             held += 3 * dtype.itemsize * math.prod(size) * rows.channels
         work.plan = make_plan(session, self.tiling, *work.padded, held, work.inputs)
@@ -136,7 +146,7 @@ class Upscaler:
         if not native:
             result = quantise(resize(result, *size), rows.dtype)
         self._finish(work, result.shape, float(outscale or self.scale), before, started, why)
-        return picture.restore(result)
+        return result
 
     def stream(
         self,

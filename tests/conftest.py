@@ -21,6 +21,7 @@ from anysize.backends import Backend, EngineOptions, Model, ModelSpec, get_backe
 from anysize.exporters.exporting import input_templates, private_copy, probe_module, to_onnx
 from anysize.guard import ShapeGuard
 from anysize.session import Session
+from fuzzing import Tally
 
 ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
 #: engines that run any model here; ncnn has its own files only, and the conformance suite
@@ -147,3 +148,10 @@ def picture() -> Callable[..., np.ndarray]:
         return (values * np.iinfo(dtype).max).astype(dtype)
 
     return make
+
+
+@pytest.fixture
+def tally(record_property: Callable[[str, object], None]) -> Iterator[Tally]:
+    counts = Tally(record_property)
+    yield counts
+    counts.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections import Counter
@@ -21,12 +20,12 @@ from anysize.files import read_picture, write_picture
 from anysize.guard import ShapeGuard
 from anysize.session import Session
 from conftest import ENGINES, ToyBox
+from fuzzing import NIGHTLY
 from toys import Faulty, image_spec, nearest, not_a_number, numpy_session, raises, too_large, too_small
 
 Outputs = dict[str, np.ndarray]
 #: takes what an engine returned
 Fault = Callable[[Outputs], Outputs]
-NIGHTLY = bool(os.environ.get("ANYSIZE_NIGHTLY"))
 #: seconds a hanging engine is waited for
 LIMIT = 0.3
 

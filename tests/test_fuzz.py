@@ -10,8 +10,6 @@ import pickle
 import string
 import time
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,84 +22,10 @@ from anysize.files import read_picture, write_picture
 from anysize.models import load_weights
 from anysize.models.architectures import SRVGGNetCompact
 from conftest import ENGINES
-from hypothesis import HealthCheck, given, settings
+from fuzzing import EDITS, Samples, Tally, cases, edited
+from hypothesis import given
 from hypothesis import strategies as st
 from toys import image_spec, nearest, numpy_session
-
-NIGHTLY = bool(os.environ.get("ANYSIZE_NIGHTLY"))
-#: seconds that a case may take
-LIMIT = 10.0
-
-
-def cases(few: int, many: int = 20_000) -> Callable[[Any], Any]:
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=many if NIGHTLY else few, deadline=None, suppress_health_check=checks)
-
-
-#: changes to a file's bytes: where, as a part of its length, what kind, and with what
-EDITS = st.lists(
-    st.tuples(
-        st.floats(0, 1, exclude_max=True),
-        st.sampled_from(["set", "cut", "insert", "repeat", "number"]),
-        st.binary(min_size=1, max_size=8),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-def edited(data: bytes, edits: list[tuple[float, str, bytes]]) -> bytes:
-    for where, kind, value in edits:
-        at = int(where * len(data))
-        match kind:
-            case "set":
-                data = data[:at] + value + data[at + len(value) :]
-            case "cut":
-                data = data[:at]
-            case "insert":
-                data = data[:at] + value + data[at:]
-            case "repeat":
-                data = data[:at] + data[at : at + 64] * (1 + value[0]) + data[at:]
-            case "number":  # sizes and offsets, as large as they get
-                data = data[:at] + b"\xff\xff\xff\x7f" + data[at + 4 :]
-    return data
-
-
-class Samples(dict[str, bytes]):
-    """Whole files by suffix, which no message shows."""
-
-    def __repr__(self) -> str:
-        return "Samples"
-
-
-class Tally:
-    """What became of the cases."""
-
-    def __init__(self, record: Callable[[str, object], None]) -> None:
-        self.record, self.outcomes, self.slowest = record, Counter[str](), 0.0
-
-    @contextlib.contextmanager
-    def case(self, *typed: type[Exception]) -> Iterator[None]:
-        started, outcome = time.monotonic(), "taken"
-        try:
-            yield
-        except typed as error:
-            outcome = type(error).__name__
-        self.slowest = max(self.slowest, time.monotonic() - started)
-        assert self.slowest < LIMIT
-        self.outcomes[outcome] += 1
-
-    def close(self) -> None:
-        self.record("cases", sum(self.outcomes.values()))
-        self.record("outcomes", json.dumps(self.outcomes))
-        self.record("slowest", round(self.slowest, 2))
-
-
-@pytest.fixture
-def tally(record_property: Callable[[str, object], None]) -> Iterator[Tally]:
-    counts = Tally(record_property)
-    yield counts
-    counts.close()
 
 
 @pytest.fixture(scope="module")
@@ -296,8 +220,8 @@ def test_arguments_of_the_command(tmp_path: Path, tally: Tally, words: list[str]
     try:
         slow = {"bench", "tune", "parity", "export", "get"} & set(words)
         line = [names.get(word, word) for word in words if "\0" not in word]
-        if slow:  # runs for minutes where it is right
-            line.append("--no-such-option")
+        if slow:  # runs for minutes where it is right; an option may take the first of them
+            line += ["--no-such-option"] * 2
         with (
             contextlib.redirect_stderr(errors),
             contextlib.redirect_stdout(io.StringIO()),

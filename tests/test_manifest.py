@@ -23,10 +23,11 @@ from anysize.batch import open_manifest, plan_jobs, run_jobs
 from anysize.files import remove_left_behind, replacing, write_picture
 from anysize.manifest import NAME, digest, read
 from conftest import ENGINES, ToyBox
+from fuzzing import NIGHTLY
 from toys import image_spec, nearest, numpy_session
 
 #: moments at which a run is killed; many in the nightly run
-KILLS = 50 if os.environ.get("ANYSIZE_NIGHTLY") else 3
+KILLS = 50 if NIGHTLY else 3
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-l
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
 .PHONY: demo test coverage check dev bench bench-performance bench-streaming bench-styles bench-diffusion
-.PHONY: bench-architectures acceptance docs clean
+.PHONY: bench-architectures reliability acceptance docs lock audit clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -51,6 +51,10 @@ bench-diffusion: build/.dev-$(FILES)
 bench-architectures: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/architectures.py
 
+# Thousands of faults, kills and hostile inputs, an hour or two. Writes docs/reliability.md.
+reliability: build/.dev-$(FILES)
+	$(BIN)/python benchmarks/reliability.py $(PARTS)
+
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/acceptance.py
@@ -58,6 +62,19 @@ acceptance: build/.dev-$(FILES)
 # The setting silences Material's notice of its own end of life.
 docs: build/.docs-$(FILES)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# constraints.txt with the digest of every file that an index may give, the same for Linux, macOS and Windows; without
+# PyTorch, whose build differs. For Windows, because elsewhere PyTorch may ask for CUDA.
+lock: build/.dev-$(FILES)
+	$(PIP) install --quiet uv==0.13.9
+	printf 'spandrel\neinops\n' | $(BIN)/uv pip compile --quiet pyproject.toml - --extra dev -c constraints.txt \
+		--generate-hashes --no-header --no-annotate --python-version 3.11.9 --python-platform windows \
+		--no-emit-package torch --no-emit-package torchvision -o requirements-locked.txt
+
+# Known vulnerabilities of what the tests run with; needs an index that tells them.
+audit: build/.dev-$(FILES)
+	$(PIP) install --quiet pip-audit==2.10.1
+	$(BIN)/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 build/.%-$(FILES): pyproject.toml constraints.txt | .venv
 	$(INSTALL) -e ".[$*]"

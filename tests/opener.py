@@ -12,8 +12,12 @@ import select
 import signal
 import sys
 import time
+from importlib import import_module
+from pkgutil import iter_modules
 
 import anysize
+import anysize.backends
+import anysize.exporters
 import numpy as np
 import onnx  # noqa: F401
 import onnxruntime  # noqa: F401
@@ -66,6 +70,10 @@ def alone(file: str, engine: str) -> str:
 def main() -> None:
     for name in ("onnxruntime", "openvino"):
         get_backend(name)
+    for package in (anysize, anysize.backends, anysize.exporters):  # once, not in each process
+        for module in iter_modules(package.__path__, f"{package.__name__}."):
+            if not module.name.startswith("anysize.cli"):
+                import_module(module.name)
     quiet = os.open(os.devnull, os.O_WRONLY)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(quiet, 1)

@@ -138,10 +138,10 @@ def twice(model: onnx.ModelProto, i: int, k: int) -> None:
 def deep(model: onnx.ModelProto, i: int, k: int) -> None:
     """Graphs within graphs."""
     inner = helper.make_graph([], "inner", [], [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])])
-    for level in range(k % 40):  # protobuf itself stops at a hundred
+    for level in range(k % 40):  # each holds the one within it twice
         branch = helper.make_node("If", ["c"], [f"o{level}"], then_branch=inner, else_branch=inner)
         inner = helper.make_graph([branch], "inner", [], inner.output)
-        if inner.ByteSize() > 2**20:
+        if inner.ByteSize() > 2**14:
             break
     model.graph.node.append(helper.make_node("If", ["c"], ["deep"], then_branch=inner, else_branch=inner))
 
@@ -212,8 +212,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def typed_where_it_is_alone(file: Path, engine: str) -> str:
     """What a caller of `Isolated` gets of a file that ends its process, or never comes to an end."""
-    started = time.monotonic()
-    with time_limit(LIMIT):
+    with time_limit(LIMIT - 5):
         try:
             alone = anysize.Isolated(file, backend=engine, options={"cache_dir": ""}, most="3GiB")  # type: ignore[arg-type]
             try:
@@ -221,7 +220,6 @@ def typed_where_it_is_alone(file: Path, engine: str) -> str:
             finally:
                 alone.close()
         except AnysizeError as error:
-            assert time.monotonic() - started < LIMIT + 5
             return type(error).__name__
     return "taken"
 
@@ -245,7 +243,9 @@ def test_broken_graphs(
     if outcome.startswith("SIG") or outcome == "no end":
         kept = folder / f"{engine}-{outcome}.onnx"
         kept.write_bytes(data)
+        started = time.monotonic()
         outcome = f"{outcome}, alone {typed_where_it_is_alone(file, engine)}"
+        seconds = time.monotonic() - started
     assert not outcome.startswith(("untyped", "another", "exit")), outcome
     tally.add(outcome, seconds)
 

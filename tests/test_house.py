@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -166,3 +167,30 @@ def test_the_wheel_alone_upscales_a_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert '"method": "tile"' in done.stdout
     assert "pip install onnx" in done.stdout
+
+
+def test_what_is_locked_is_what_the_tests_run_with() -> None:
+    """Each pin, with a digest; PyTorch, whose build differs by index, is the one without."""
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    locked = re.findall(
+        r"^([\w.-]+)==(\S+) \\\n((?: {4}--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)",
+        (ROOT / "requirements-locked.txt").read_text(),
+        re.M,
+    )
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    have = {plain(name): version for name, version, _ in locked}
+    assert {plain(name): version for name, version in pins.items() if name != "torch"}.items() <= have.items()
+    assert len(locked) == (ROOT / "requirements-locked.txt").read_text().count("==")
+
+
+def test_the_workflow_may_only_read() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert re.findall(r"permissions:\n((?:  .*\n)+)", text) == ["  contents: read\n"]
+    assert all(
+        re.fullmatch(r"[\w/-]+@[0-9a-f]{40} # v[\d.]+", use) for use in re.findall(r"uses: (.*)", text)
+    )
+    assert text.count("persist-credentials: false") == text.count("actions/checkout@")
+    assert "secrets." not in text

@@ -166,6 +166,31 @@ def test_time_and_cancelling_end_a_busy_engine(
     assert upscale(picture(40, 40)).shape == (80, 80, 3)
 
 
+def test_who_waits_for_another_keeps_to_time_and_cancelling(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    """A busy process serves one picture; the next thread's limit does not wait for it."""
+    upscale, flag = faulty
+    flag.write_text("hang")
+    end = threading.Event()
+
+    def busy() -> None:
+        with pytest.raises(Cancelled):
+            upscale(picture(40, 40), cancel=end)
+
+    first = threading.Thread(target=busy)
+    first.start()
+    time.sleep(0.5)
+    started = time.monotonic()
+    with pytest.raises(TimedOut), time_limit(0.3):
+        upscale(picture(40, 40))
+    with pytest.raises(Cancelled):
+        upscale(picture(40, 40), cancel=lambda: time.monotonic() - started > 0.6)
+    assert time.monotonic() - started < 3
+    end.set()
+    first.join()
+
+
 def test_several_threads(toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -119,7 +120,7 @@ def test_eight_threads(
         [statistics.median(moment[k] for moment in part) for part in (early, late)] for k in range(3)
     )
     record_property("cases", outcomes.total())
-    record_property("outcomes", str(dict(outcomes)))
+    record_property("outcomes", json.dumps(outcomes))
     record_property("memory", f"{memory[0] / 2**20:.0f} -> {memory[1] / 2**20:.0f} MiB")
     record_property("threads", f"{running[0]:.0f} -> {running[1]:.0f}")
     record_property("files", f"{files[0]:.0f} -> {files[1]:.0f}")
@@ -171,4 +172,4 @@ def test_two_processes_share_a_cache_and_one_is_killed(
         got, complaint = start(folder).communicate()
         assert (got, complaint) == (want, "")
     record_property("cases", outcomes.total())
-    record_property("outcomes", str(dict(outcomes)))
+    record_property("outcomes", json.dumps(outcomes))

@@ -1,0 +1,160 @@
+"""The attacks at full length: how many cases, what became of them, in what time.
+
+`make reliability` runs the tests that try to get a wrong picture, a crash or a loss, with thousands of cases
+where `make test` has some, and writes docs/reliability.md. `PARTS="load crashes"` runs only these; what the
+others gave before is kept in out/reliability. Exit code 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "out" / "reliability"
+PAGE = ROOT / "docs" / "reliability.md"
+#: part -> its title, its files in tests/, and how many run at once
+PARTS: dict[str, tuple[str, tuple[str, ...], int]] = {
+    "regressions": ("The cases that other programs got wrong", ("test_regressions",), 2),
+    "faults": ("Engines that fail, hang, or return something else, at every call", ("test_faults",), 2),
+    "crashes": ("Killed processes, full disks, sources that vanish", ("test_manifest",), 2),
+    "load": ("Eight threads at once; processes that share a cache", ("test_load",), 1),
+    "input": ("Broken and hostile pictures, weights, contracts, arguments, names", ("test_fuzz",), 2),
+    "models": ("Broken and hostile graphs, each in a process of its own", ("test_hostile_models",), 2),
+    "verify": ("Computed twice", ("test_verify",), 2),
+    "isolate": ("A process of its own", ("test_isolate",), 2),
+}
+#: what was found wrong by these attacks, and which of them fails where it comes back
+BUGS = {
+    "test_every_call_of_a_picture_may_go_wrong": (
+        "an earlier result of the right shape was pasted as a tile or a band"
+    ),
+    "test_bands_that_come_twice_are_done_in_tiles": (
+        "the first or last band of the picture before was taken for this one's"
+    ),
+    "test_a_hanging_engine_is_left_at_the_limit": "an engine that hung was waited for without end",
+    "test_killed_at_any_moment_and_resumed": "what a killed run had half written was left lying about",
+    "test_bytes_of_pictures": (
+        "libvips quotes a damaged file in its message, which need not be text: a `UnicodeDecodeError`"
+    ),
+    "test_names_of_files": "a link to itself ended a folder's run",
+    "test_another_picture_than_asked_for_is_an_error": (
+        "a picture of another size from another process was returned"
+    ),
+    "test_who_waits_for_another_keeps_to_time_and_cancelling": (
+        "a picture that waited for a busy process waited beyond its time limit"
+    ),
+    "test_an_engine_that_divides_by_nothing": (
+        "of ONNX Runtime: a stride of zero ends the process (SIGFPE); `Isolated` makes it an error"
+    ),
+    "test_a_graph_of_a_version_far_ahead": (
+        "of OpenVINO: it counts up to an operator set's version, for ever; `Isolated` ends it"
+    ),
+}
+
+
+@dataclass
+class Attack:
+    """A test with all its parameters."""
+
+    cases: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+    seconds: float = 0.0
+    failed: list[str] = field(default_factory=list)
+
+    def add(self, case: ET.Element) -> None:
+        known = {p.get("name"): p.get("value", "") for p in case.iter("property")}
+        self.seconds += float(case.get("time", 0))
+        for problem in (*case.iter("failure"), *case.iter("error")):
+            self.failed.append(f"{case.get('name')}: {problem.get('message', '')[:300]}")
+        if case.find("skipped") is not None:
+            return
+        self.cases += int(known.get("cases", 1))
+        self.outcomes += (
+            Counter(json.loads(known["outcomes"])) if "outcomes" in known else {"as it should": 1}
+        )
+        self.slowest = max(self.slowest, float(known.get("slowest", 0)))
+        usual = ("cases", "outcomes", "slowest")
+        self.notes += [f"{name} {value}" for name, value in known.items() if name not in usual]
+
+
+def run(part: str) -> None:
+    _, files, workers = PARTS[part]
+    environment = {**os.environ, "ANYSIZE_NIGHTLY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--show-capture=no",
+        "--timeout=20000",
+        f"-n{workers}",
+        "--dist=worksteal",
+    ]
+    command += ["-o", "junit_family=xunit1", f"--junitxml={OUT / part}.xml"]
+    subprocess.run([*command, *(f"tests/{file}.py" for file in files)], cwd=ROOT, env=environment)
+
+
+def attacks(part: str) -> dict[str, Attack]:
+    found: dict[str, Attack] = {}
+    for case in ET.parse(OUT / f"{part}.xml").iter("testcase"):
+        found.setdefault(case.get("name", "").partition("[")[0], Attack()).add(case)
+    return found
+
+
+def write() -> int:
+    """The page; returns how many attacks succeeded."""
+    from anysize.bench import machine
+
+    sections, everything = [], dict[str, Attack]()
+    for part, (title, _, _) in PARTS.items():
+        if not (OUT / f"{part}.xml").exists():
+            sections.append(f"## {title}\n\nNot run.\n")
+            continue
+        found = attacks(part)
+        everything |= found
+        rows = ["| attack | cases | what became of them | slowest case | in all |", "|---|---|---|---|---|"]
+        for name, attack in found.items():
+            outcomes = ", ".join(f"{count} {what}" for what, count in attack.outcomes.most_common())
+            outcomes = "; ".join((outcomes, *attack.notes, *(f"**FAILED** {text}" for text in attack.failed)))
+            slowest = f"{attack.slowest:.2f} s" if attack.slowest else ""
+            text = name.removeprefix("test_").replace("_", " ")
+            rows.append(f"| {text} | {attack.cases} | {outcomes} | {slowest} | {attack.seconds:.0f} s |")
+        sections.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
+    failed = sum(len(attack.failed) for attack in everything.values())
+    bugs = [f"* {what}: `{test}`" for test, what in BUGS.items() if everything[test].cases]
+    assert len(bugs) == len(BUGS)
+    here = ", ".join(f"{key} {value}" for key, value in machine().items())
+    cases = sum(attack.cases for attack in everything.values())
+    PAGE.write_text(
+        "# Reliability, measured\n\n"
+        f"Made by `make reliability` on {time.strftime('%Y-%m-%d', time.gmtime())}, on {here}.\n\n"
+        f"{cases} cases; {failed} failed. One fails where a picture is wrong, the caller's process\n"
+        "would have crashed, an error has no type of anysize's, a limit of time or memory is not kept, or\n"
+        "something is lost, left behind or half written. `make test` runs each with fewer cases.\n\n"
+        + "\n".join(sections)
+        + "\n## Found on the way\n\nEach with the attack that fails where it comes back.\n\n"
+        + "\n".join(bugs)
+        + "\n"
+    )
+    return failed
+
+
+def main() -> int:
+    OUT.mkdir(parents=True, exist_ok=True)
+    for part in sys.argv[1:] or PARTS:
+        run(part)
+    return 1 if write() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

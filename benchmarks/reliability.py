@@ -90,18 +90,10 @@ class Attack:
 def run(part: str) -> None:
     _, files, workers = PARTS[part]
     environment = {**os.environ, "ANYSIZE_NIGHTLY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--show-capture=no",
-        "--timeout=20000",
-        f"-n{workers}",
-        "--dist=worksteal",
-    ]
-    command += ["-o", "junit_family=xunit1", f"--junitxml={OUT / part}.xml"]
-    subprocess.run([*command, *(f"tests/{file}.py" for file in files)], cwd=ROOT, env=environment)
+    options = ["-q", "--show-capture=no", "--timeout=20000", f"-n{workers}", "--dist=worksteal"]
+    options += ["-o", "junit_family=xunit1", f"--junitxml={OUT / part}.xml"]
+    tests = [f"tests/{file}.py" for file in files]
+    subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT, env=environment)
 
 
 def attacks(part: str) -> dict[str, Attack]:

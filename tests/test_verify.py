@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from anysize.files import write_picture
 from anysize.guard import ShapeGuard
 from anysize.session import Session
 from conftest import ENGINES, ToyBox
+from fuzzing import NIGHTLY
 from toys import Faulty, raises
 
 GRAPH_ENGINES = [engine for engine in ENGINES if engine != "torch"]
@@ -114,3 +117,26 @@ def test_the_command_says_how_much(tmp_path: Path, capsys: pytest.CaptureFixture
         main(["upscale", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--verify"])
     assert caught.value.code == 0
     assert "verified in 1 places in" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not NIGHTLY, reason="a measurement of a minute or two")
+@pytest.mark.parametrize(("engine", "method"), [way for way in WAYS if way[1] != "whole"])
+def test_what_it_costs(
+    engine: str,
+    method: Any,
+    picture: Callable[..., np.ndarray],
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The median of five ratios, with and without in turns, after a first run of each; 1 megapixel, x4."""
+    ways = [Upscaler(backend=engine, tiling=Tiling(method), verify=verify) for verify in (False, True)]
+    x, ratios = picture(1000, 1000), []
+    for _ in range(6):
+        seconds = []
+        for upscale in ways:
+            started = time.perf_counter()
+            upscale(x)
+            seconds.append(time.perf_counter() - started)
+        ratios.append(seconds[1] / seconds[0])
+    ratio = statistics.median(ratios[1:])
+    record_property("time", f"x {ratio:.3f} ({engine})")
+    assert ratio < 1.25

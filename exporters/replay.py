@@ -139,8 +139,10 @@ def _least(
 ) -> dict[str, int]:
     """As small as halving makes them where the same happens, and no side so small that nothing shows."""
     for name, dim in spec.dims.items():
-        floor = dim.min + (0 if name == batch_axis(spec) else 8)
-        while (smaller := clip(dim, max(floor, sizes[name] // 2))) < sizes[name]:
+        floor = clip(dim, dim.min + (0 if name == batch_axis(spec) else 8))
+        if floor < sizes[name] and likewise(sizes | {name: floor}):  # most sides have no part in it
+            sizes = sizes | {name: floor}
+        while floor < (smaller := clip(dim, max(floor, sizes[name] // 2))) < sizes[name]:
             if not likewise(sizes | {name: smaller}):
                 break
             sizes = sizes | {name: smaller}

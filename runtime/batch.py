@@ -48,8 +48,6 @@ from anysize.work import Cancel, Progress, as_check
 #: takes the report and the finished file, before that gets its name
 Written = Callable[[Report, Path], Any]
 PathLike = str | os.PathLike[str]
-#: pictures in work at once
-_AT_ONCE = 2
 
 
 def upscale_file(
@@ -259,7 +257,7 @@ def run_jobs(
     for job in jobs:
         holders.setdefault(job.dst, job)
     sources = {os.path.realpath(job.src): job.src for job in jobs}
-    at_once = 1 if upscaler.tiling.memory is not None else _AT_ONCE
+    at_once = 1 if upscaler.tiling.memory is not None else upscaler.at_once
     running: deque[Future[tuple[Report, AnysizeError | None]]] = deque()
     with ThreadPoolExecutor(at_once) as pool:
         try:

@@ -15,8 +15,12 @@ from anysize.backends.base import Array
 from anysize.backends.errors import ImageError
 
 READABLE = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif")
-#: libvips' loaders of these. It has others, such as SVG's, that a few bytes can keep busy for minutes.
+#: libvips' loaders of these, and how their files begin. It has others, such as SVG's, that a few bytes can
+#: keep busy for minutes before they say what they are.
 _LOADERS = ("pngload", "jpegload", "webpload", "heifload", "tiffload", "gifload")
+_BEGINNINGS = re.compile(
+    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|.{4}ftyp|II[*+]\0|MM\0[*+]|GIF8[79]a", re.DOTALL
+)
 #: suffix -> options of libvips' saver; JPEG at 4:4:4 because chroma was computed at full size
 WRITABLE: dict[str, dict[str, Any]] = {
     ".png": {},
@@ -83,6 +87,8 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
     import pyvips
 
     head = _head(path)
+    if not _BEGINNINGS.match(head):
+        raise ImageError(f"{path}: not a readable picture; {', '.join(READABLE)} are read")
     # libjpeg only warns about damaged data, and fills in; the other readers' warnings are harmless.
     strict = "warning" if head.startswith(b"\xff\xd8") else "error"
     with _vips(f"{path}: not a readable picture"):
@@ -125,7 +131,14 @@ def _vips(problem: str) -> Iterator[None]:
         raise ImageError(f"{problem}: {_first_line(error.object.decode(errors='replace'))}") from error
 
 
+def check_is_no_pipe(path: Path) -> None:
+    """Raise `ImageError` for what is there and is no file: a pipe would be waited for."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ImageError(f"{path}: not a file")
+
+
 def _head(path: Path) -> bytes:
+    check_is_no_pipe(path)
     try:
         with path.open("rb") as file:
             head = file.read(16)

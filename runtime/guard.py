@@ -22,7 +22,7 @@ import numpy as np
 from anysize.backends import base
 from anysize.backends.base import Array, Backend, EngineOptions, Executable, Feeds, Model
 from anysize.backends.errors import AnysizeError, ExecutionError, IntegrityError, OptionError, TimedOut
-from anysize.limit import in_a_thread, in_time, limited, wait_for
+from anysize.limit import NotBegun, in_a_thread, in_time, limited, wait_for
 from anysize.stale import Results, digest_of_feeds, digest_of_results
 from anysize.tracing import span
 
@@ -192,6 +192,9 @@ class ShapeGuard:
         """Whatever goes wrong in the engine ends the program and is one of our errors."""
         try:
             yield
+        except NotBegun as error:
+            error.backend, error.shape = self.backend.name, shapes
+            raise
         except Exception as error:
             with self._lock:
                 self._stats.failed += 1

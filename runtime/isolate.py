@@ -6,6 +6,7 @@ The two processes exchange JSON and the bytes of arrays, nothing that runs code 
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import signal
@@ -14,10 +15,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import IO, Any
+from weakref import finalize
 
 import numpy as np
 from anysize.backends import errors
@@ -35,7 +37,7 @@ from anysize.backends.errors import (
 from anysize.limit import seconds_left
 from anysize.report import Report
 from anysize.session import Options, as_options
-from anysize.tiling import Tiling, parse_bytes
+from anysize.tiling import Tiling, as_tiling, parse_bytes
 from anysize.upscale import Upscaler, check_outscale, result_size
 from anysize.work import Cancel, Progress, Rows, as_check
 
@@ -43,8 +45,10 @@ _COMMAND = [sys.executable, "-P", "-m", "anysize.isolate"]
 #: seconds between looks at whether to stop
 _LOOK = 0.05
 _REPORTED = [field.name for field in fields(Report)]
-#: bytes of a message beside its array
-_LONGEST = 2**24
+#: bytes of a message beside its array, and bytes of memory with which an engine can be opened at all
+_LONGEST, _LEAST = 2**24, 2**28
+
+Message = dict[str, Any]
 
 
 class Isolated(Upscaler):
@@ -54,11 +58,13 @@ class Isolated(Upscaler):
     (None: what the machine has left; not on Windows and macOS, which know no such limit). The other arguments
     are an `Upscaler`'s, with engines by name. A process that ends is an `ExecutionError`, or a
     `ModelLoadError` while the model is opened, and the next picture has a new one. Cancelling, and the end of
-    a `time_limit`, end the process at once, also in the middle of a run.
+    a `time_limit`, end the process at once, also in the middle of a run; so does `close`, from any thread.
 
     It is a fence, not a prison: the process has the files and the network of its user.
     Raises what `Upscaler` raises.
     """
+
+    at_once = 1
 
     def __init__(
         self,
@@ -75,13 +81,16 @@ class Isolated(Upscaler):
             raise OptionError("only a model in a file, or one by name, can be opened in another process")
         if not isinstance(backend, str):
             raise OptionError("an engine in another process is given by its name")
-        self.tiling = Tiling() if tiling is None else tiling
+        self.tiling = as_tiling(tiling)
         settings = asdict(as_options(options))
         if not all(isinstance(picture, (str, os.PathLike)) for picture in settings["calibration"]):
             raise OptionError("calibration pictures of another process are files")
         settings["calibration"] = [os.fspath(picture) for picture in settings["calibration"]]
         if settings["cache_dir"] is not None:
             settings["cache_dir"] = os.fspath(settings["cache_dir"])
+        limit = parse_bytes(most)
+        if limit is not None and limit < _LEAST:
+            raise OptionError(f"no engine can be opened in less than {_LEAST // 2**20} MiB, not {most!r}")
         self._job = {
             "source": os.fspath(source),
             "backend": backend,
@@ -89,13 +98,14 @@ class Isolated(Upscaler):
             "tiling": asdict(self.tiling),
             "options": settings,
             "verify": verify,
-            "most": parse_bytes(most),
+            "most": limit,
         }
         self._last = threading.local()
         self._lock = threading.Lock()
         self._child: _Child | None = None
-        with self._lock:
-            self._open(as_check(None))
+        self._closed = False
+        self._identity: Any = None
+        self._open(as_check(None))
 
     def _upscale(
         self, array: Array, outscale: float | None, progress: Progress | None, cancel: Cancel | None
@@ -107,21 +117,23 @@ class Isolated(Upscaler):
         while not self._lock.acquire(timeout=_LOOK):  # another thread's picture
             _check(stop, "")
         try:
-            child = self._open(stop)
-            child.send({"outscale": outscale}, np.ascontiguousarray(array))
-            answer, result = self._answer(child, stop, progress, "report")
+            self._open(stop)
+            height, width, channels = array.shape
+            shape = (*result_size(height, width, outscale, self.scale), channels)
+            want = math.prod(shape) * array.dtype.itemsize
+            answer, result = self._ask({"outscale": outscale}, array, want, stop, progress)
         finally:
             self._lock.release()
-        height, width, channels = array.shape
-        size = result_size(height, width, outscale, self.scale)
-        if (result.shape, result.dtype) != ((*size, channels), array.dtype):
+        if (result.shape, result.dtype) != (shape, array.dtype):
             raise IntegrityError(
                 "the model's process returned another picture",
                 backend="",
                 got=(result.shape, result.dtype),
-                want=((*size, channels), array.dtype),
+                want=(shape, array.dtype),
             )
-        self._last.report = Report(**{name: answer["report"].get(name) for name in _REPORTED})
+        reported = answer.get("report")
+        known = reported if isinstance(reported, dict) else {}
+        self._last.report = Report(**{name: known[name] for name in _REPORTED if name in known})
         return result
 
     def stream(
@@ -141,47 +153,68 @@ class Isolated(Upscaler):
         return tuple(self._identity)
 
     def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            if self._child is not None:
-                self._child.kill()
-                self._child = None
+        """End the process, also while it runs another thread's picture. Further ones are an `OptionError`."""
+        self._closed = True
+        if (child := self._child) is not None:
+            child.kill()
 
-    # -- under the lock
+    # -- under the lock, and in the constructor
 
-    def _open(self, stop: Callable[[], bool]) -> _Child:
-        """The process, with the model opened; a new one where there is none."""
-        if self._child is None:
-            self._child = _Child()
-            self._child.send(self._job)
-            try:
-                answer, _ = self._answer(self._child, stop, None, "scale", "identity")
-            except _EndedError as error:
-                raise ModelLoadError(f"{self._job['source']}: {error}") from error
-            self.scale, self._identity = answer["scale"], answer["identity"]
-        return self._child
-
-    def _answer(
-        self, child: _Child, stop: Callable[[], bool], progress: Progress | None, *wanted: str
-    ) -> tuple[dict[str, Any], Array]:
-        """What the process says at last, which has what is wanted. Ends it where it is to stop."""
+    def _open(self, stop: Callable[[], bool]) -> None:
+        """Have a process with the model opened: a new one where there is none that lives."""
+        if self._closed:
+            raise OptionError("this upscaler is closed")
+        if self._child is not None and self._child.lives():
+            return
+        self._child = _Child()
+        if self._closed:  # just now
+            self._child.kill()
         try:
-            while True:
-                message, data = child.receive(stop)
-                if "progress" in message:
-                    if progress is not None:
-                        progress(*message["progress"])
-                elif "error" in message:
-                    raise _error(message)
-                elif message.keys() >= set(wanted):
-                    return message, data
-                else:
-                    raise _EndedError(f"the model's process said something else: {list(message)}", backend="")
+            answer, _ = self._ask(self._job, None, 0, stop, None)
+            scale, identity = answer.get("scale"), answer.get("identity")
+            if not (type(scale) is int and scale >= 1 and _is_identity(identity)):
+                raise _EndedError(f"its process says {answer}, which makes no sense", backend="")
         except BaseException as error:
-            if not isinstance(error, AnysizeError) or isinstance(error, (Cancelled, TimedOut, _EndedError)):
-                child.kill()
-                self._child = None
+            self._child.kill()
+            if isinstance(error, _EndedError):
+                raise ModelLoadError(f"{self._job['source']}: {error}") from error
             raise
+        self.scale, self._identity = scale, identity
+
+    def _ask(
+        self,
+        message: Message,
+        data: Array | None,
+        most: int,
+        stop: Callable[[], bool],
+        progress: Progress | None,
+    ) -> tuple[Message, Array]:
+        """What the process answers, with an array of at most so many bytes.
+
+        Where no answer was read, for whatever reason, the process is ended: it would be the next question's.
+        """
+        assert self._child is not None
+        answered = False
+        try:
+            self._child.send(message, data, most)
+            while not answered:
+                answer, array = self._child.receive(stop)
+                answered = "progress" not in answer
+                if not answered and progress is not None:
+                    progress(*answer["progress"])
+        finally:
+            if not answered:
+                self._child.kill()
+        if answer.get("ends"):
+            self._child.kill()
+        if "error" in answer:
+            raise _error(answer)
+        return answer, array
+
+
+def _is_identity(value: object) -> bool:
+    """Text that says why there is none, or a list of text."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
 
 
 class _EndedError(ExecutionError):
@@ -189,19 +222,28 @@ class _EndedError(ExecutionError):
 
 
 class _Child:
-    """The process and its two pipes."""
+    """The process, and two threads at its pipes, so that neither end can keep its caller waiting."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._messages: queue.Queue[tuple[dict[str, Any], Array] | None] = queue.Queue()
-        threading.Thread(target=self._listen, name="anysize-isolated", daemon=True).start()
+        self._messages: queue.Queue[tuple[Message, Array] | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Message, Array | None] | None] = queue.Queue()
+        #: bytes that the array of an answer may have
+        self._most = [0]
+        # neither thread holds this object, so that the process ends with it
+        for target, given in ((_listen, (self._messages, self._most)), (_talk, (self._jobs,))):
+            name = f"anysize-isolated{target.__name__}"
+            threading.Thread(target=target, args=(self._process, *given), name=name, daemon=True).start()
+        self.kill = finalize(self, _end, self._process, self._jobs)
 
-    def send(self, message: dict[str, Any], data: Array | None = None) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError, OSError):  # its end is told by what it does not answer
-            _write(self._process.stdin, message, data)
+    def lives(self) -> bool:
+        return self._process.poll() is None
 
-    def receive(self, stop: Callable[[], bool]) -> tuple[dict[str, Any], Array]:
+    def send(self, message: Message, data: Array | None, most: int) -> None:
+        self._most[0] = most
+        self._jobs.put((message, data))
+
+    def receive(self, stop: Callable[[], bool]) -> tuple[Message, Array]:
         """The next message. Raises `Cancelled`, `TimedOut` and `_EndedError`."""
         while True:
             _check(stop, ", and its process ended")
@@ -211,10 +253,10 @@ class _Child:
             except queue.Empty:
                 continue
             if found is None:
-                raise _EndedError(f"the model's process ended: {self._end()}", backend="")
+                raise _EndedError(f"the model's process ended: {self._how()}", backend="")
             return found
 
-    def _end(self) -> str:
+    def _how(self) -> str:
         code = self._process.wait()
         if code >= 0:
             return f"exit code {code}"
@@ -222,21 +264,37 @@ class _Child:
             return signal.Signals(-code).name
         return f"signal {-code}"
 
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):
-                assert pipe is not None
-                pipe.close()
 
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with suppress(OSError, ValueError, EOFError, TypeError, KeyError, RecursionError):
+def _listen(
+    process: subprocess.Popen[bytes], messages: queue.Queue[tuple[Message, Array] | None], most: list[int]
+) -> None:
+    """What the process says, until it ends or makes no sense."""
+    assert process.stdout is not None
+    try:
+        with process.stdout as pipe:
             while True:
-                self._messages.put(_read(self._process.stdout))
-        self._process.kill()  # also where what it says makes no sense
-        self._messages.put(None)
+                messages.put(_read(pipe, most))
+    except Exception:  # whatever strange bytes can cause
+        pass
+    finally:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_LOOK)  # it may be ending by itself, and how is of interest
+        process.kill()
+        messages.put(None)
+
+
+def _talk(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Array | None] | None]) -> None:
+    """Tell the process its jobs. That it does not listen is told by what it does not answer."""
+    assert process.stdin is not None
+    with suppress(OSError), process.stdin as pipe:
+        while (job := jobs.get()) is not None:
+            _write(pipe, *job)
+
+
+def _end(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Array | None] | None]) -> None:
+    process.kill()
+    process.wait()
+    jobs.put(None)
 
 
 def _check(stop: Callable[[], bool], what: str) -> None:
@@ -248,21 +306,26 @@ def _check(stop: Callable[[], bool], what: str) -> None:
         raise TimedOut(f"the time is up{what}", backend="")
 
 
-def _error(message: dict[str, Any]) -> AnysizeError:
+def _error(message: Message) -> AnysizeError:
     """The other process's error, as far as it is one of ours."""
     kind = getattr(errors, str(message["error"]), None)
     if not (isinstance(kind, type) and issubclass(kind, AnysizeError)):
         kind = ExecutionError
-    error = kind.__new__(kind)
-    Exception.__init__(error, str(message["text"]))
-    known = {"message": str(message["text"]), "backend": ""} | dict.fromkeys(("shape", "tile", "got", "want"))
-    for name, value in {**known, **message["known"]}.items():
-        setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    error, text = kind.__new__(kind), str(message.get("text"))
+    Exception.__init__(error, text)
+    for name in ("shape", "tile", "got", "want"):
+        setattr(error, name, None)
+    error.message, error.backend = text, ""  # type: ignore[attr-defined]
+    known = message.get("known")
+    for name, value in known.items() if isinstance(known, dict) else ():
+        if not name.startswith("_"):
+            setattr(error, name, tuple(value) if isinstance(value, list) else value)
     return error
 
 
-def _write(pipe: IO[bytes], message: dict[str, Any], data: Array | None = None) -> None:
+def _write(pipe: IO[bytes], message: Message, data: Array | None = None) -> None:
     if data is not None:
+        data = np.ascontiguousarray(data)
         message = {**message, "shape": data.shape, "dtype": data.dtype.str}
     text = json.dumps(message).encode()
     pipe.write(struct.pack("<I", len(text)) + text)
@@ -271,18 +334,26 @@ def _write(pipe: IO[bytes], message: dict[str, Any], data: Array | None = None) 
     pipe.flush()
 
 
-def _read(pipe: IO[bytes]) -> tuple[dict[str, Any], Array]:
-    """Raises `EOFError` at the end, and `ValueError` where it makes no sense."""
+def _read(pipe: IO[bytes], most: Sequence[int] = (sys.maxsize,)) -> tuple[Message, Array]:
+    """A message, and its array of at most so many bytes.
+
+    Raises `EOFError` at the end, and `ValueError` where it makes no sense, among others.
+    """
     (length,) = struct.unpack("<I", _exactly(pipe, 4))
     if length > _LONGEST:
         raise ValueError("too long a message")
     message = json.loads(_exactly(pipe, length))
+    if not isinstance(message, dict):
+        raise ValueError("not a message")
+    if [type(step) for step in message.get("progress", (0, 0))] != [int, int]:
+        raise ValueError("not what is done and what in all")
     data = np.empty(0, np.uint8)
     if "dtype" in message:
         dtype = np.dtype(str(message["dtype"]))
-        if dtype.kind not in "uif":
-            raise ValueError("not an array of numbers")
-        data = np.empty(tuple(map(int, message["shape"])), dtype)
+        shape = tuple(map(int, message["shape"]))
+        if dtype.kind not in "uif" or math.prod(shape) * dtype.itemsize > most[0]:
+            raise ValueError("not an array of numbers, or not one of that size")
+        data = np.empty(shape, dtype)
         view, have = data.reshape(-1).view(np.uint8).data, 0
         while have < len(view):
             got = pipe.readinto(view[have:])  # type: ignore[attr-defined]
@@ -307,17 +378,26 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides
     given, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what engines print is no answer
-    jobs: queue.Queue[tuple[dict[str, Any], Array]] = queue.Queue()
+    jobs: queue.Queue[tuple[Message, Array] | MemoryError] = queue.Queue()
 
     def listen() -> None:
         try:
             while True:
                 jobs.put(_read(given))
-        finally:  # nobody is there any more
+        except MemoryError as error:
+            jobs.put(error)
+        except Exception:  # nobody is there any more
             os._exit(0)
 
+    def following() -> tuple[Message, Array]:
+        job = jobs.get()
+        if isinstance(job, MemoryError):  # what comes next on the pipe is the rest of a picture
+            _write(answers, {**_said(job), "ends": True})
+            os._exit(0)
+        return job
+
     threading.Thread(target=listen, daemon=True).start()
-    job, _ = jobs.get()
+    job, _ = following()
     _limit(job["most"])
     try:
         upscaler = _opened(job)
@@ -330,7 +410,7 @@ def main() -> None:
         _write(answers, _said(error))
         return
     while True:
-        job, array = jobs.get()
+        job, array = following()
         shown = [0.0]
 
         def progress(done: int, total: int, shown: list[float] = shown) -> None:

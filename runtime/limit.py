@@ -27,7 +27,7 @@ _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Whatever runs models in this `with` raises `TimedOut` when so many seconds of wall-clock have passed.
+    """Whatever opens or runs models in this `with` raises `TimedOut` after so many seconds of wall-clock.
 
     A run that has begun cannot be stopped: it goes on in a thread, its result is dropped, and its program is
     not used again. The process can end meanwhile. Within another limit, the one that ends first counts;
@@ -73,13 +73,17 @@ def wait_for(future: Future[T], what: str) -> T:
         raise TimedOut(f"the time is up, {what}", backend="") from None
 
 
+class NotBegun(TimedOut):
+    """The time was up before there was anything to leave."""
+
+
 def in_time(function: Callable[[], T], what: str) -> T:
-    """Call it. Raises `TimedOut` at the limit, before the call or, leaving it to itself, in it."""
+    """Call it. Raises `TimedOut` at the limit: `NotBegun` before the call or, leaving it to itself, in it."""
     ends = _deadline.get()
     if ends is None:
         return function()
     if time.monotonic() >= ends:
-        raise TimedOut(f"the time is up, {what}", backend="")
+        raise NotBegun(f"the time is up, {what}", backend="")
     return wait_for(in_a_thread(function), what)
 
 

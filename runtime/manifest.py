@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anysize.backends.errors import ImageError
+from anysize.files import check_is_no_pipe
 from anysize.report import Report
 
 log = logging.getLogger("anysize")
@@ -94,6 +95,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file, as hexadecimal text. Raises `ImageError`."""
+    check_is_no_pipe(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
@@ -28,6 +28,7 @@ from anysize.backends.errors import (
     ShapeError,
 )
 from anysize.guard import ShapeGuard, Stats, Strategy, log
+from anysize.limit import in_time
 from anysize.sources import Source, choose_backend, located, open_source, version_of
 from anysize.stale import RepeatedError
 from anysize.tracing import span
@@ -153,11 +154,13 @@ def load(
     `Options.calibration`, and refused where that is not close enough to f32. `options`: an `Options` or a
     mapping of its fields.
 
-    Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`.
+    Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`,
+    and `TimedOut` within a `time_limit`.
     """
     name = source if isinstance(source, (str, os.PathLike)) else type(source).__name__
     with span("load", source=name) as note:
-        session = _load(source, backend, precision, as_options(options))
+        settings = as_options(options)
+        session = in_time(partial(_load, source, backend, precision, settings), "while the model is opened")
         note(backend=session.backend, precision=session.precision)
     return session
 

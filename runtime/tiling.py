@@ -71,6 +71,15 @@ _UNITS = {"": 1} | {
 }
 
 
+def as_tiling(tiling: Tiling | None) -> Tiling:
+    """A `Tiling` out of what callers give. Raises `OptionError`."""
+    if tiling is None:
+        return Tiling()
+    if not isinstance(tiling, Tiling):
+        raise OptionError(f"tiling must be a Tiling, not {tiling!r}")
+    return tiling
+
+
 def parse_bytes(size: int | str | None) -> int | None:
     """A number of bytes, or text like "2GiB", "500 MB". Raises `OptionError`."""
     if size is None:

@@ -15,6 +15,7 @@ from anysize.backends.errors import (
     AnysizeError,
     ExecutionError,
     IntegrityError,
+    MemoryBudgetError,
     OptionError,
 )
 from anysize.guard import Stats
@@ -24,7 +25,7 @@ from anysize.precision import Precisions, busiest
 from anysize.report import Report
 from anysize.session import Options, Session, as_options, load
 from anysize.sources import Source
-from anysize.tiling import Tiling
+from anysize.tiling import Tiling, as_tiling
 from anysize.tracing import span
 from anysize.verify import Verifier
 from anysize.work import ArrayRows, Cancel, Progress, Rows, Work, as_check, image_scale
@@ -43,6 +44,9 @@ class Upscaler:
     `OptionError` where a model cannot be verified.
     """
 
+    #: pictures of a batch in work at the same time: one is encoded while the next is decoded and run
+    at_once = 2
+
     def __init__(
         self,
         source: Source | Session = "default",
@@ -54,9 +58,7 @@ class Upscaler:
         verify: bool = False,
     ) -> None:
         self._precisions: Precisions | None = None
-        self.tiling = Tiling() if tiling is None else tiling
-        if not isinstance(self.tiling, Tiling):
-            raise OptionError(f"tiling must be a Tiling, not {tiling!r}")
+        self.tiling = as_tiling(tiling)
         if self.tiling.memory is not None and as_options(options).tune:
             raise OptionError("tuning would not keep to the memory limit; run `anysize tune` once before")
         if isinstance(source, Session):
@@ -98,7 +100,10 @@ class Upscaler:
         """
         picture = open_picture(image)
         with span("upscale", picture=picture.array.shape) as note:
-            result = self._upscale(picture.array, outscale, progress, cancel)
+            try:
+                result = self._upscale(picture.array, outscale, progress, cancel)
+            except MemoryError as error:
+                raise MemoryBudgetError(f"there is not enough memory for this picture: {error}") from error
             note(**self._last.report.to_dict())
         return picture.restore(result)
 

@@ -302,3 +302,32 @@ def test_the_command_has_a_limit_for_each_picture(tmp_path: Path) -> None:
             main([*line, seconds])
         assert caught.value.code == code
         assert (tmp_path / "out.png").exists() == (code == 0)
+
+
+def test_a_limit_that_is_over_costs_no_program(toybox: ToyBox, backend: str) -> None:
+    """Nothing hangs where nothing was begun."""
+    session = anysize.load(toybox.file("Doubling") if backend != "torch" else "default", backend=backend)
+    x = np.zeros((1, 3, 8, 8), np.float32)
+    session(x)
+    for _ in range(3):
+        with pytest.raises(TimedOut), time_limit(1e-9):
+            session(x)
+    stats = session.stats
+    assert (stats.compiles, stats.failed, stats.discarded) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("load", [anysize.load, Upscaler])
+def test_opening_has_a_limit_too(toybox: ToyBox, load: Callable[..., Any]) -> None:
+    """An engine that hangs as it reads a file, or is probed."""
+    go_on = threading.Event()
+
+    class Hangs(type(get_backend(GRAPH_ENGINES[0]))):  # type: ignore[misc]
+        def metadata(self, model: Any) -> dict[str, str]:
+            go_on.wait(60)
+            return super().metadata(model)
+
+    started = time.monotonic()
+    with pytest.raises(TimedOut, match="while the model is opened"), time_limit(0.3):
+        load(toybox.file("Doubling"), backend=Hangs())
+    assert time.monotonic() - started < 3
+    go_on.set()

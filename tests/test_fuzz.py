@@ -17,7 +17,7 @@ import anysize
 import numpy as np
 import pytest
 import torch
-from anysize import AnysizeError, ImageError, ModelLoadError, ModelSpec, Upscaler
+from anysize import AnysizeError, ImageError, MemoryBudgetError, ModelLoadError, ModelSpec, Upscaler
 from anysize.files import read_picture, write_picture
 from anysize.models import load_weights
 from anysize.models.architectures import SRVGGNetCompact
@@ -271,3 +271,33 @@ def test_names_of_files(tmp_path: Path, name: str) -> None:
     for wrong in (tmp_path / "loop.png", tmp_path / "loop.png" / "x.png"):
         with pytest.raises(AnysizeError):
             anysize.upscale_file(wrong, tmp_path / "y.png")
+
+
+def test_a_contract_that_asks_for_all_memory() -> None:
+    """Sizes that nothing holds: the picture would be padded to them."""
+    upscale = Upscaler(numpy_session(nearest(1), image_spec(1, multiple=10**7)))
+    with pytest.raises(MemoryBudgetError):
+        upscale(np.zeros((4, 4, 3), np.uint8))
+
+
+@pytest.mark.parametrize("text", [b"<svg", b"%PDF-1.4", b"<?xml", b"P6\n", b"\x89PNX", b"SIMPLE  ="])
+def test_other_loaders_of_libvips_never_see_a_file(
+    tmp_path: Path, text: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A drawing of two kilobytes keeps the one for SVG busy for minutes before it says that it is one."""
+    import pyvips
+
+    monkeypatch.setattr(pyvips.Image, "new_from_source", None)
+    (tmp_path / "x.png").write_bytes(text + bytes(100))
+    with pytest.raises(ImageError, match="not a readable picture"):
+        read_picture(tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    from anysize.manifest import digest
+
+    os.mkfifo(tmp_path / "x.png")
+    for use in (read_picture, digest):
+        with pytest.raises(ImageError, match="not a file"):
+            use(tmp_path / "x.png")

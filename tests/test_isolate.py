@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import anysize
 import numpy as np
+import psutil
 import pytest
 from anysize import (
     AnysizeError,
@@ -200,8 +202,9 @@ def test_several_threads(toybox: ToyBox, picture: Callable[..., np.ndarray]) -> 
         for got, x in zip(pool.map(alone, pictures), pictures, strict=True):
             np.testing.assert_array_equal(got, x.repeat(2, 0).repeat(2, 1))
     alone.close()
-    np.testing.assert_array_equal(alone(pictures[0]), pictures[0].repeat(2, 0).repeat(2, 1))
     alone.close()
+    with pytest.raises(OptionError, match="closed"):
+        alone(pictures[0])
 
 
 def test_nobody_stays_behind(toybox: ToyBox, tmp_path: Path) -> None:
@@ -235,6 +238,8 @@ def test_bad_requests(tmp_path: Path) -> None:
         Isolated(object())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="memory must be"):
         Isolated(most="much")
+    with pytest.raises(OptionError, match="tiling must be"):
+        Isolated(tiling="x")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="by its name"):
         Isolated(backend=object())  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="are files"):
@@ -247,7 +252,146 @@ def test_bad_requests(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
 def test_a_process_takes_no_more_memory_than_it_may(picture: Callable[..., np.ndarray]) -> None:
     with pytest.raises(AnysizeError):
-        Isolated("default", most="20MiB")(picture(300, 300))
+        Isolated("default", most="300MiB")(picture(3000, 3000))
+    with pytest.raises(OptionError, match="in less than 256 MiB, not '20MiB'"):
+        Isolated("default", most="20MiB")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_picture_that_the_process_cannot_hold(toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
+    upscale = Isolated(toybox.file("Nearest"), most="400MiB")
+    for _ in range(2):
+        with pytest.raises(MemoryBudgetError):
+            upscale(np.zeros((16000, 12000, 3), np.uint8))
+        assert upscale(picture(9, 7)).shape == (18, 14, 3)
+    upscale.close()
+
+
+def stopped(upscale: Isolated) -> int:
+    """The process, which does nothing until it is told to go on."""
+    assert upscale._child is not None
+    pid = upscale._child._process.pid
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@pytest.mark.parametrize("how", ["progress", "cancel", "interrupted", "stopped"])
+def test_no_answer_is_another_pictures(toybox: ToyBox, picture: Callable[..., np.ndarray], how: str) -> None:
+    """Whatever ends the wait for one: it would be taken for the next picture's."""
+    upscale = Isolated(toybox.file("Nearest"), tiling=Tiling("tile", 16))
+    a, b = (picture(400, 300, seed=seed) for seed in (1, 2))
+
+    def raises(*_: object) -> bool:
+        raise {"interrupted": KeyboardInterrupt}.get(how, ImageError)("the caller's own")
+
+    if how in ("interrupted", "stopped"):
+        stopped(upscale)
+    started = time.monotonic()
+    with pytest.raises((ImageError, KeyboardInterrupt, TimedOut)), time_limit(0.5):
+        upscale(
+            a,
+            progress=raises if how == "progress" else None,
+            cancel=(lambda: time.monotonic() - started > 0.2 and raises()) if how != "progress" else None,
+        ) if how != "stopped" else upscale(a)
+    assert time.monotonic() - started < 2
+    np.testing.assert_array_equal(upscale(b), b.repeat(2, 0).repeat(2, 1))
+    upscale.close()
+
+
+def test_closing_ends_what_another_thread_runs(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    upscale, flag = faulty
+    flag.write_text("hang")
+    threading.Timer(0.5, upscale.close).start()
+    started = time.monotonic()
+    with pytest.raises(ExecutionError):
+        upscale(picture(40, 40))
+    assert time.monotonic() - started < 5
+
+
+def test_what_is_dropped_or_does_not_open_leaves_no_process(toybox: ToyBox, tmp_path: Path) -> None:
+    before = psutil.Process().children()
+    upscale = Isolated(toybox.file("Nearest"))
+    assert len(psutil.Process().children()) == len(before) + 1
+    del upscale
+    gc.collect()
+    (tmp_path / "broken.onnx").write_bytes(b"\x08" * 100)
+    with pytest.raises(ModelLoadError):
+        Isolated(tmp_path / "broken.onnx")
+    assert psutil.Process().children() == before
+    (tmp_path / "x.onnx").write_bytes(toybox.file("Nearest").read_bytes())
+    upscale = Isolated(tmp_path / "x.onnx")
+    (tmp_path / "x.onnx").unlink()
+    os.kill(stopped(upscale), signal.SIGKILL)
+    time.sleep(0.2)
+    for _ in range(2):  # the reason, each time
+        with pytest.raises(ModelLoadError, match="no such"):
+            upscale(np.zeros((4, 4, 3), np.uint8))
+    upscale.close()
+
+
+def test_a_batch_has_a_limit_for_each_picture_not_for_two(
+    toybox: ToyBox, tmp_path: Path, picture: Callable[..., np.ndarray]
+) -> None:
+    """One that waits for another's run would use up its own time."""
+    from anysize.batch import Job, run_jobs
+
+    for name in "abcd":
+        write_picture(tmp_path / f"{name}.png", picture(30, 30))
+    upscale = Isolated(toybox.file("Nearest"))
+    stopped(upscale)  # the first picture meets a process that hangs
+    jobs = [Job(tmp_path / f"{name}.png", tmp_path / f"{name}_x2.png") for name in "abcd"]
+    reports = [report for report, _ in run_jobs(jobs, upscale, timeout=10)]
+    assert [report.status for report in reports] == ["failed", "ok", "ok", "ok"]
+    upscale.close()
+
+
+SAYS = """
+import struct, sys, time
+from anysize.isolate import _read, _write
+import sys, io
+given = sys.stdin.buffer
+def say(text):
+    sys.stdout.buffer.write(struct.pack("<I", len(text)) + text)
+    sys.stdout.buffer.flush()
+_read(given)
+opened = {opened!r}
+say(opened)
+_read(given)
+say({text!r})
+time.sleep(100)
+"""
+OPENED = b'{"scale": 2, "identity": ["x"]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"report": {}, "dtype": "|u1", "shape": [1000000000000]}',
+        b'{"report": {}, "dtype": "(2,", "shape": [2]}',
+        b'{"report": {}, "dtype": "|u1", "shape": [1e999]}',
+        *(b"[1, 2]", b'"abc"', b'{"error": "x"}', b'{"error": "AnysizeError", "known": 5}', b"{}"),
+        b'{"error": "ExecutionError", "text": "t", "known": {"__class__": 3, "__dict__": 3}}',
+        *(b'{"progress": 3}', b'{"progress": ["a", "b"]}', b'{"progress": [1]}', b'{"report": 7}'),
+    ],
+)
+def test_a_process_that_talks_nonsense(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
+    code = SAYS.format(opened=OPENED, text=text)
+    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", code])
+    upscale = Isolated()
+    with pytest.raises(AnysizeError), time_limit(5):
+        upscale(np.zeros((4, 4, 3), np.uint8))
+    upscale.close()
+
+
+@pytest.mark.parametrize(
+    "opened", [b'{"scale": "x", "identity": []}', b'{"scale": 2, "identity": 5}', b"[]", b'{"scale": 0}']
+)
+def test_a_process_that_opens_nonsense(monkeypatch: pytest.MonkeyPatch, opened: bytes) -> None:
+    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", SAYS.format(opened=opened, text=b"")])
+    with pytest.raises(ModelLoadError), time_limit(5):
+        Isolated()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,7 @@ class Isolated(Upscaler):
             raise OptionError("this upscaler is closed")
         if self._child is not None and self._child.lives():
             return
+        self._child = None  # the one that has ended
         self._child = _Child()
         if self._closed:  # just now
             self._child.kill()
@@ -225,7 +226,10 @@ class _Child:
     """The process, and two threads at its pipes, so that neither end can keep its caller waiting."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:  # no memory, or too many of them
+            raise ExecutionError(f"no process can be started: {error}", backend="") from error
         self._messages: queue.Queue[tuple[Message, Array] | None] = queue.Queue()
         self._jobs: queue.Queue[tuple[Message, Array | None] | None] = queue.Queue()
         #: bytes that the array of an answer may have

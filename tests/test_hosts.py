@@ -255,7 +255,10 @@ def test_a_service_refuses(picture: Picture) -> None:
         (b"", "bytes are needed"),
         ("text", "bytes are needed"),
         (b"GIF89a, or not", "input: not a readable picture"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>', "'svg'; .png, .jpg"),
+        (
+            b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>',
+            "not a readable picture; .png, .jpg",
+        ),
         (b"2 2\n1 2\n3 4\n", "'matrix'; .png, .jpg"),
         (whole[: len(whole) // 2], "input: "),
         (encoded(picture(20, 21)), "input: 21 x 20 pixels, more than the limit of 400"),

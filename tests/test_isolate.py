@@ -447,3 +447,9 @@ def test_another_picture_than_asked_for_is_an_error(
     with pytest.raises(IntegrityError, match="returned another picture"):
         upscale(picture(10, 12))
     upscale.close()
+
+
+def test_no_process_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolate, "_COMMAND", ["/no/such/program"])
+    with pytest.raises(ExecutionError, match="no process can be started"):
+        Isolated()

@@ -259,7 +259,7 @@ def test_a_service_refuses(picture: Picture) -> None:
             b'<svg xmlns="http://www.w3.org/2000/svg" width="4" height="4"/>',
             "not a readable picture; .png, .jpg",
         ),
-        (b"2 2\n1 2\n3 4\n", "'matrix'; .png, .jpg"),
+        (b"2 2\n1 2\n3 4\n", "not a readable picture; .png, .jpg"),
         (whole[: len(whole) // 2], "input: "),
         (encoded(picture(20, 21)), "input: 21 x 20 pixels, more than the limit of 400"),
         (encoded(picture(20, 20, 4)), "transparency"),

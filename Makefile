@@ -8,7 +8,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-l
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
 .PHONY: demo test coverage check dev bench bench-performance bench-streaming bench-styles bench-diffusion
-.PHONY: bench-architectures reliability acceptance docs lock audit clean
+.PHONY: bench-architectures reliability acceptance docs locked lock audit clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -62,6 +62,12 @@ acceptance: build/.dev-$(FILES)
 # The setting silences Material's notice of its own end of life.
 docs: build/.docs-$(FILES)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The environment from requirements-locked.txt: each file by its digest, PyTorch by its version.
+locked: .venv
+	$(BIN)/pip install --require-hashes --no-deps -r requirements-locked.txt
+	$(BIN)/pip install --no-deps "$$(grep ^torch== constraints.txt)"
+	PIP_NO_INDEX=1 PIP_NO_BUILD_ISOLATION=0 $(MAKE) dev
 
 # constraints.txt with the digest of every file that an index may give, the same for Linux, macOS and Windows; without
 # PyTorch, whose build differs. For Windows, because elsewhere PyTorch may ask for CUDA.

@@ -87,48 +87,32 @@ def _upscale(
     written: Written | None = None,
 ) -> Report:
     """From file to file. A model is opened when the picture has been found good."""
+    started = time.perf_counter()
+
+    def finish(temporary: Path) -> Report:
+        assert upscaler.report is not None
+        seconds = time.perf_counter() - started
+        report = replace(upscaler.report, input=str(src), output=str(dst), seconds=seconds)
+        if written is not None:
+            written(report, temporary)
+        return report
+
     with span("upscale_file", input=src, output=dst) as note:
-        report = _from_file(src, dst, source, outscale, progress, cancel, written)
+        check_destination(dst, src)
+        check_outscale(outscale)
+        with closing(RowReader(src)) as rows:
+            check_destination(dst, src, has_alpha=rows.channels in (2, 4))
+            upscaler = source if isinstance(source, Upscaler) else source()
+            native = outscale is None or outscale == upscaler.scale
+            report = _stream(upscaler, rows, dst, progress, cancel, finish) if native else None
+        if report is None:
+            picture = read_picture(src)
+            result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
+            with replacing(dst) as temporary:
+                save(temporary, result, picture.header, dst)
+                report = finish(temporary)
         note(**report.to_dict())
     log.info("%s -> %s: %s", src, dst, report)
-    return report
-
-
-def _from_file(
-    src: Path,
-    dst: Path,
-    source: Upscaler | Callable[[], Upscaler],
-    outscale: float | None,
-    progress: Progress | None,
-    cancel: Cancel | None,
-    written: Written | None,
-) -> Report:
-    started = time.perf_counter()
-    check_destination(dst, src)
-    check_outscale(outscale)
-    rows = RowReader(src)
-    try:
-        check_destination(dst, src, has_alpha=rows.channels in (2, 4))
-        upscaler = source if isinstance(source, Upscaler) else source()
-
-        def finish(temporary: Path) -> Report:
-            assert upscaler.report is not None
-            seconds = time.perf_counter() - started
-            report = replace(upscaler.report, input=str(src), output=str(dst), seconds=seconds)
-            if written is not None:
-                written(report, temporary)
-            return report
-
-        native = outscale is None or outscale == upscaler.scale
-        report = _stream(upscaler, rows, dst, progress, cancel, finish) if native else None
-    finally:
-        rows.close()
-    if report is None:
-        picture = read_picture(src)
-        result = upscaler(picture.array, outscale=outscale, progress=progress, cancel=cancel)
-        with replacing(dst) as temporary:
-            save(temporary, result, picture.header, dst)
-            report = finish(temporary)
     return report
 
 

@@ -1,27 +1,24 @@
 """A model in a process of its own: what it does to its engine, a crash, a hang, all the memory, ends there.
 
-The two processes exchange JSON and the bytes of arrays, nothing that runs code when it is read.
+This is the caller's side; `isolate_worker` is the process's.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import os
 import queue
 import signal
-import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict, fields
-from typing import IO, Any
+from typing import Any
 from weakref import finalize
 
-import numpy as np
 from anysize.backends import errors
 from anysize.backends.base import Array
 from anysize.backends.errors import (
@@ -29,11 +26,12 @@ from anysize.backends.errors import (
     Cancelled,
     ExecutionError,
     IntegrityError,
-    MemoryBudgetError,
     ModelLoadError,
     OptionError,
     TimedOut,
 )
+from anysize.guard import log
+from anysize.isolate_worker import Message, read, write
 from anysize.limit import seconds_left
 from anysize.report import Report
 from anysize.session import Options, as_options
@@ -41,14 +39,12 @@ from anysize.tiling import Tiling, as_tiling, parse_bytes
 from anysize.upscale import Upscaler, check_outscale, result_size
 from anysize.work import Cancel, Progress, Rows, as_check
 
-_COMMAND = [sys.executable, "-P", "-m", "anysize.isolate"]
+_COMMAND = [sys.executable, "-P", "-m", "anysize.isolate_worker"]
 #: seconds between looks at whether to stop
 _LOOK = 0.05
 _REPORTED = [field.name for field in fields(Report)]
-#: bytes of a message beside its array, and bytes of memory with which an engine can be opened at all
-_LONGEST, _LEAST = 2**24, 2**28
-
-Message = dict[str, Any]
+#: bytes of memory with which an engine can be opened at all
+_LEAST = 2**28
 
 
 class Isolated(Upscaler):
@@ -171,7 +167,8 @@ class Isolated(Upscaler):
         if self._closed:  # just now
             self._child.kill()
         try:
-            answer, _ = self._ask(self._job, None, 0, stop, None)
+            job = {**self._job, "level": log.getEffectiveLevel()}
+            answer, _ = self._ask(job, None, 0, stop, None)
             scale, identity = answer.get("scale"), answer.get("identity")
             if not (type(scale) is int and scale >= 1 and _is_identity(identity)):
                 raise _EndedError(f"its process says {answer}, which makes no sense", backend="")
@@ -200,9 +197,15 @@ class Isolated(Upscaler):
             self._child.send(message, data, most)
             while not answered:
                 answer, array = self._child.receive(stop)
-                answered = "progress" not in answer
-                if not answered and progress is not None:
-                    progress(*answer["progress"])
+                match answer:
+                    case {"log": [level, text]}:
+                        if log.isEnabledFor(level):
+                            log.handle(_record(level, text))
+                    case {"progress": [done, total]}:
+                        if progress is not None:
+                            progress(done, total)
+                    case _:
+                        answered = True
         finally:
             if not answered:
                 self._child.kill()
@@ -211,6 +214,12 @@ class Isolated(Upscaler):
         if "error" in answer:
             raise _error(answer)
         return answer, array
+
+
+def _record(level: int, text: str) -> logging.LogRecord:
+    """A message of the other process's logger."""
+    known = {"name": log.name, "levelno": level, "levelname": logging.getLevelName(level), "msg": text}
+    return logging.makeLogRecord(known)
 
 
 def _is_identity(value: object) -> bool:
@@ -227,7 +236,10 @@ class _Child:
 
     def __init__(self) -> None:
         try:
-            self._process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # what engines print, on either, is seen by who looks for faults
+            shown = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=shown)
         except OSError as error:  # no memory, or too many of them
             raise ExecutionError(f"no process can be started: {error}", backend="") from error
         self._messages: queue.Queue[tuple[Message, Array] | None] = queue.Queue()
@@ -277,7 +289,7 @@ def _listen(
     try:
         with process.stdout as pipe:
             while True:
-                messages.put(_read(pipe, most))
+                messages.put(read(pipe, most))
     except Exception:  # whatever strange bytes can cause
         pass
     finally:
@@ -292,7 +304,7 @@ def _talk(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Arr
     assert process.stdin is not None
     with suppress(OSError), process.stdin as pipe:
         while (job := jobs.get()) is not None:
-            _write(pipe, *job)
+            write(pipe, *job)
 
 
 def _end(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Array | None] | None]) -> None:
@@ -325,153 +337,3 @@ def _error(message: Message) -> AnysizeError:
         if not name.startswith("_"):
             setattr(error, name, tuple(value) if isinstance(value, list) else value)
     return error
-
-
-def _write(pipe: IO[bytes], message: Message, data: Array | None = None) -> None:
-    if data is not None:
-        data = np.ascontiguousarray(data)
-        message = {**message, "shape": data.shape, "dtype": data.dtype.str}
-    text = json.dumps(message).encode()
-    pipe.write(struct.pack("<I", len(text)) + text)
-    if data is not None:
-        pipe.write(data.reshape(-1).view(np.uint8).data)
-    pipe.flush()
-
-
-def _read(pipe: IO[bytes], most: Sequence[int] = (sys.maxsize,)) -> tuple[Message, Array]:
-    """A message, and its array of at most so many bytes.
-
-    Raises `EOFError` at the end, and `ValueError` where it makes no sense, among others.
-    """
-    (length,) = struct.unpack("<I", _exactly(pipe, 4))
-    if length > _LONGEST:
-        raise ValueError("too long a message")
-    message = json.loads(_exactly(pipe, length))
-    if not isinstance(message, dict):
-        raise ValueError("not a message")
-    if [type(step) for step in message.get("progress", (0, 0))] != [int, int]:
-        raise ValueError("not what is done and what in all")
-    data = np.empty(0, np.uint8)
-    if "dtype" in message:
-        dtype = np.dtype(str(message["dtype"]))
-        shape = tuple(map(int, message["shape"]))
-        if dtype.kind not in "uif" or math.prod(shape) * dtype.itemsize > most[0]:
-            raise ValueError("not an array of numbers, or not one of that size")
-        data = np.empty(shape, dtype)
-        view, have = data.reshape(-1).view(np.uint8).data, 0
-        while have < len(view):
-            got = pipe.readinto(view[have:])  # type: ignore[attr-defined]
-            if not got:
-                raise EOFError
-            have += got
-    return message, data
-
-
-def _exactly(pipe: IO[bytes], count: int) -> bytes:
-    data = pipe.read(count)
-    if len(data) < count:
-        raise EOFError
-    return data
-
-
-# -- in the process
-
-
-def main() -> None:
-    """Opens the model of the first message, and upscales the picture of each that follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides
-    given, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what engines print is no answer
-    jobs: queue.Queue[tuple[Message, Array] | MemoryError] = queue.Queue()
-
-    def listen() -> None:
-        try:
-            while True:
-                jobs.put(_read(given))
-        except MemoryError as error:
-            jobs.put(error)
-        except Exception:  # nobody is there any more
-            os._exit(0)
-
-    def following() -> tuple[Message, Array]:
-        job = jobs.get()
-        if isinstance(job, MemoryError):  # what comes next on the pipe is the rest of a picture
-            _write(answers, {**_said(job), "ends": True})
-            os._exit(0)
-        return job
-
-    threading.Thread(target=listen, daemon=True).start()
-    job, _ = following()
-    _limit(job["most"])
-    try:
-        upscaler = _opened(job)
-        try:
-            identity: Any = upscaler.identity()
-        except OptionError as error:
-            identity = str(error)
-        _write(answers, {"scale": upscaler.scale, "identity": identity})
-    except BaseException as error:
-        _write(answers, _said(error))
-        return
-    while True:
-        job, array = following()
-        shown = [0.0]
-
-        def progress(done: int, total: int, shown: list[float] = shown) -> None:
-            if done == total or time.monotonic() - shown[0] > _LOOK:
-                shown[0] = time.monotonic()
-                _write(answers, {"progress": [done, total]})
-
-        try:
-            result = upscaler(array, outscale=job["outscale"], progress=progress)
-            assert upscaler.report is not None
-            _write(answers, {"report": upscaler.report.to_dict()}, np.ascontiguousarray(result))
-        except BaseException as error:
-            _write(answers, _said(error))
-
-
-def _opened(job: dict[str, Any]) -> Upscaler:
-    options = {**job["options"], "fallback": tuple(job["options"]["fallback"])}
-    return Upscaler(
-        job["source"],
-        backend=job["backend"],
-        precision=job["precision"],
-        tiling=Tiling(**job["tiling"]),
-        options=Options(**{**options, "calibration": tuple(options["calibration"])}),
-        verify=job["verify"],
-    )
-
-
-def _limit(most: int | None) -> None:
-    """No core dumps, and no more memory than that."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    from anysize.memory import available
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
-        most = most or available()
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def _said(error: BaseException) -> dict[str, Any]:
-    """An error as a message."""
-    if isinstance(error, MemoryError):
-        error = MemoryBudgetError("the model's process may take no more memory")
-    text = str(error) if isinstance(error, AnysizeError) else f"{type(error).__name__}: {error}"
-    if isinstance(error, ExecutionError | IntegrityError | TimedOut):
-        text = error.message
-    known = {}
-    for name, value in vars(error).items():
-        with suppress(TypeError, ValueError):
-            json.dumps({name: value})
-            known[name] = value
-    kind = type(error).__mro__
-    name = next((k.__name__ for k in kind if k.__module__ == errors.__name__), "ExecutionError")
-    return {"error": name, "text": text, "known": known}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Opens model files and runs them, each in a process of its own, forked from one with engines imported.
 
-Reads lines of JSON, [file, engine]; writes one for each, [what became of it, seconds].
+Reads lines of JSON, [file, engine, seconds it may take]; writes one for each, [what became of it, seconds].
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import onnxruntime  # noqa: F401
 import openvino  # noqa: F401
 from anysize import AnysizeError
 from anysize.backends import get_backend
-from fuzzing import LIMIT
 
 #: bytes that a process may take
 MEMORY = 2 * 2**30
@@ -41,7 +40,7 @@ def opened(file: str, engine: str) -> str:
         return f"untyped {type(error).__name__}: {error}"
 
 
-def alone(file: str, engine: str) -> str:
+def alone(file: str, engine: str, limit: float) -> str:
     """What became of it in a process of its own; a signal's name where that ended."""
     reads, writes = os.pipe()
     child = os.fork()
@@ -53,7 +52,7 @@ def alone(file: str, engine: str) -> str:
         os._exit(0)
     os.close(writes)
     with os.fdopen(reads, "rb") as pipe:
-        said = pipe.read() if select.select([pipe], [], [], LIMIT)[0] else b""
+        said = pipe.read() if select.select([pipe], [], [], limit)[0] else b""
     done, status = os.waitpid(child, 0 if said else os.WNOHANG)
     if not done:
         time.sleep(0.2)  # it may be ending
@@ -68,7 +67,7 @@ def alone(file: str, engine: str) -> str:
 
 
 def main() -> None:
-    for name in ("onnxruntime", "openvino"):
+    for name in anysize.available_backends():
         get_backend(name)
     for package in (anysize, anysize.backends, anysize.exporters):  # once, not in each process
         for module in iter_modules(package.__path__, f"{package.__name__}."):

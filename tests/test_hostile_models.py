@@ -1,9 +1,11 @@
-"""Broken and hostile ONNX files: a typed error or a picture, soon; no engine takes its caller along."""
+"""Broken and hostile graphs: a typed error or a picture, soon; no engine takes its caller along."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from anysize import AnysizeError, ModelLoadError, TimedOut, time_limit
+from anysize.backends import get_backend
 from conftest import ENGINES, ToyBox
 from fuzzing import EDITS, LIMIT, Tally, cases, edited
 from hypothesis import given
@@ -166,10 +169,10 @@ class Opener:
             text=True,
         )
 
-    def open(self, file: Path, engine: str) -> tuple[str, float]:
+    def open(self, file: Path, engine: str, limit: float) -> tuple[str, float]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([str(file), engine]) + "\n")
+        self.process.stdin.write(json.dumps([str(file), engine, limit]) + "\n")
         self.process.stdin.flush()
         outcome, seconds = json.loads(self.process.stdout.readline())
         return outcome, seconds
@@ -183,8 +186,10 @@ def opener() -> Iterator[Opener]:
     found.process.communicate()
 
 
+#: seconds for a model without a contract on OpenVINO, which compiles a hundred shapes of it
+PROBED = 20.0
 TOYS = ("Doubling", "Unshuffle", "SqueezeExcite", "Transposed")
-#: few without a contract, each of which an engine that is probed compiles a hundred times
+#: few without a contract: each takes seconds
 NAMES = [*TOYS * 5, *(f"{name}, foreign" for name in TOYS)]
 
 
@@ -239,15 +244,54 @@ def test_broken_graphs(
         data = model.SerializeToString()
     file = folder / f"{engine}-{os.getpid()}.onnx"
     file.write_bytes(data)
-    outcome, seconds = opener.open(file, engine)
+    limit = PROBED if (engine, name.endswith("foreign")) == ("openvino", True) else LIMIT
+    opens(file, engine, opener, tally, limit)
+
+
+def opens(file: Path, engine: str, opener: Opener, tally: Tally, limit: float = LIMIT) -> None:
+    """Count what becomes of a file: here, and where that is not typed, in an `Isolated`."""
+    outcome, seconds = opener.open(file, engine, limit)
     if outcome.startswith("SIG") or outcome == "no end":
-        kept = folder / f"{engine}-{outcome}.onnx"
-        kept.write_bytes(data)
+        shutil.copy(file, file.with_name(f"{engine}-{outcome}{file.suffix}"))
         started = time.monotonic()
         outcome = f"{outcome}, alone {typed_where_it_is_alone(file, engine)}"
         seconds = time.monotonic() - started
     assert not outcome.startswith(("untyped", "another", "exit")), outcome
-    tally.add(outcome, seconds)
+    tally.add(outcome, seconds, limit)
+
+
+@pytest.mark.skipif("ncnn" not in anysize.available_backends(), reason="needs ncnn")
+@given(
+    name=st.sampled_from(TOYS),
+    edits=EDITS,
+    which=st.sampled_from([".param", ".bin", "numbers"]),
+    numbers=st.lists(st.tuples(st.integers(0, 255), st.sampled_from([*BIG, 2, 3, 64, 10**5]))),
+)
+@cases(60)
+def test_broken_nets(
+    toybox: ToyBox,
+    tmp_path: Path,
+    opener: Opener,
+    tally: Tally,
+    name: str,
+    edits: Any,
+    which: str,
+    numbers: list[tuple[int, int]],
+) -> None:
+    """ncnn's files: the graph as text, of which numbers are changed too, and weights without any frame."""
+    net = Path(toybox.model(name, get_backend("ncnn")).data)
+    for suffix in (".param", ".bin"):
+        data = net.with_suffix(suffix).read_bytes()
+        (tmp_path / f"x{suffix}").write_bytes(edited(data, edits) if suffix == which else data)
+    if which == "numbers":
+        text = net.read_text()
+        places = list(re.finditer(r"(?<==)-?\d+(?=\s)", text))
+        for i, value in numbers:
+            place = places[i % len(places)]
+            text = text[: place.start()] + str(value) + text[place.end() :]
+            places = list(re.finditer(r"(?<==)-?\d+(?=\s)", text))
+        (tmp_path / "x.param").write_text(text)
+    opens(tmp_path / "x.param", "ncnn", opener, tally)
 
 
 @pytest.mark.parametrize("engine", GRAPHS)

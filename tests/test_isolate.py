@@ -31,6 +31,7 @@ from anysize import (
     TimedOut,
     Upscaler,
     isolate,
+    isolate_worker,
     time_limit,
 )
 from anysize.files import write_picture
@@ -45,7 +46,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import numpy as np
 import toys
 from anysize.backends import get_backend, registry
-from anysize.isolate import main
+from anysize.isolate_worker import main
 from anysize.session import Session
 
 def fault(outputs):
@@ -64,6 +65,7 @@ def fault(outputs):
     if open({{flag!r}}).read() == "print":
         print("engines print", flush=True)
         os.write(1, b"and so on")
+        os.write(2, b"or complain")
     return outputs
 
 engine = toys.Faulty(get_backend({ENGINES[0]!r}), fault, *range(10**6))
@@ -105,6 +107,25 @@ def test_the_same_pictures(backend: str, toybox: ToyBox, picture: Callable[..., 
     alone(picture(300, 300), progress=lambda done, total: steps.append((done, total)))
     assert steps[-1][0] == steps[-1][1]
     alone.close()
+
+
+def test_what_is_said_there_is_heard_here_and_nothing_is_printed(
+    faulty: tuple[Isolated, Path],
+    picture: Callable[..., np.ndarray],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    upscale, flag = faulty
+    flag.write_text("print")
+    upscale(picture(40, 40))
+    assert not caplog.messages
+    assert capfd.readouterr() == ("", "")
+    upscale._child.kill()
+    flag.write_text("")
+    with caplog.at_level("DEBUG", "anysize"):
+        upscale(picture(40, 40))
+    assert [(r.name, r.levelname) for r in caplog.records] == [("anysize", "DEBUG")] * len(caplog.records)
+    assert any(message.startswith("compiled for") for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -349,16 +370,16 @@ def test_a_batch_has_a_limit_for_each_picture_not_for_two(
 
 SAYS = """
 import struct, sys, time
-from anysize.isolate import _read, _write
+from anysize.isolate_worker import read, write
 import sys, io
 given = sys.stdin.buffer
 def say(text):
     sys.stdout.buffer.write(struct.pack("<I", len(text)) + text)
     sys.stdout.buffer.flush()
-_read(given)
+read(given)
 opened = {opened!r}
 say(opened)
-_read(given)
+read(given)
 say({text!r})
 time.sleep(100)
 """
@@ -410,7 +431,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_attributes_of_errors_survive() -> None:
     error = ShapeError("x", 2, 7, "must be a multiple of 2", (6, 8))
-    again = isolate._error(isolate._said(error))
+    again = isolate._error(isolate_worker._said(error))
     assert type(again) is ShapeError
     assert str(again) == str(error)
     assert (again.axis, again.nearest) == (2, (6, 8))
@@ -419,7 +440,7 @@ def test_attributes_of_errors_survive() -> None:
 def heard(*parts: bytes) -> Any:
     import io
 
-    return isolate._read(io.BytesIO(b"".join(parts)))
+    return isolate_worker.read(io.BytesIO(b"".join(parts)))
 
 
 def test_messages_that_make_no_sense_are_refused() -> None:

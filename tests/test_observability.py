@@ -36,7 +36,9 @@ def messages() -> set[tuple[str, str]]:
         for file in (ROOT / room).glob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 match node:
-                    case ast.Call(func=ast.Attribute(value=ast.Name(id="log"), attr=level), args=[first, *_]):
+                    case ast.Call(
+                        func=ast.Attribute(value=ast.Name(id="log"), attr=level), args=[first, *_]
+                    ) if level in ("debug", "info", "warning", "error", "critical", "exception", "log"):
                         assert isinstance(first, ast.Constant), f"{file}:{node.lineno}"
                         found.add((level.upper(), re.sub(r"%[.\d]*[a-z]", "…", first.value)))
     return found

@@ -66,12 +66,12 @@ class Tally:
         self.record, self.outcomes, self.slowest = record, Counter[str](), 0.0
 
     @contextlib.contextmanager
-    def case(self, *typed: type[Exception]) -> Iterator[None]:
+    def case(self, *typed: type[BaseException]) -> Iterator[None]:
         started, outcome = time.monotonic(), "taken"
         try:
             yield
         except typed as error:
-            outcome = type(error).__name__
+            outcome = f"exit code {error.code}" if isinstance(error, SystemExit) else type(error).__name__
         self.add(outcome, time.monotonic() - started)
 
     def add(self, outcome: str, seconds: float, limit: float = LIMIT) -> None:

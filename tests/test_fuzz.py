@@ -10,6 +10,7 @@ import pickle
 import string
 import time
 import zipfile
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +203,30 @@ WORDS = st.sampled_from(
 )
 
 
-@given(words=st.lists(WORDS | st.text(string.printable + "é\u202e\U0001f600", max_size=6), max_size=7))
+#: what runs, with whatever follows it
+LINES = [["upscale", "IN", "-o", "OUT"], ["upscale", "IN", "-o", "FOLDER"]]
+RIGHT = [
+    *(
+        ["--method", "whole"],
+        ["--tile", "8"],
+        ["--overlap", "1"],
+        ["--overlap", "exact"],
+        ["--memory", "1GiB"],
+    ),
+    *(["--outscale", "1.5"], ["--precision", "bf16"], ["--timeout", "9"], ["--threads", "1"], ["--json"]),
+    *(["--resume"], ["--verify"], ["--backend", "torch"]),
+]
+
+
+@given(
+    begin=st.sampled_from([[], *LINES]),
+    options=st.lists(st.sampled_from(RIGHT), max_size=4),
+    words=st.lists(WORDS | st.text(string.printable + "é\u202e\U0001f600", max_size=6), max_size=5),
+)
 @cases(60)
-def test_arguments_of_the_command(tmp_path: Path, tally: Tally, words: list[str]) -> None:
+def test_arguments_of_the_command(
+    tmp_path: Path, tally: Tally, begin: list[str], options: list[list[str]], words: list[str]
+) -> None:
     from anysize.cli import main
 
     (tmp_path / "in").mkdir(exist_ok=True)
@@ -219,7 +241,7 @@ def test_arguments_of_the_command(tmp_path: Path, tally: Tally, words: list[str]
     os.chdir(tmp_path)
     try:
         slow = {"bench", "tune", "parity", "export", "get"} & set(words)
-        line = [names.get(word, word) for word in words if "\0" not in word]
+        line = [names.get(word, word) for word in (*begin, *chain(*options), *words) if "\0" not in word]
         if slow:  # runs for minutes where it is right; an option may take the first of them
             line = [word for word in line if word != "--"] + ["--no-such-option"] * 2
         with (
@@ -230,6 +252,7 @@ def test_arguments_of_the_command(tmp_path: Path, tally: Tally, words: list[str]
             main(line)
     finally:
         os.chdir(here)
+    (tmp_path / "out.png").unlink(missing_ok=True)
     assert "Traceback" not in errors.getvalue()
     assert "internal error" not in errors.getvalue()
 

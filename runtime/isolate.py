@@ -13,12 +13,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict, fields
 from typing import Any
 from weakref import finalize
 
+import numpy as np
+import psutil
 from anysize.backends import errors
 from anysize.backends.base import Array
 from anysize.backends.errors import (
@@ -31,17 +34,19 @@ from anysize.backends.errors import (
     TimedOut,
 )
 from anysize.guard import log
-from anysize.isolate_worker import Message, read, write
+from anysize.isolate_worker import Message, await_start, read, write
 from anysize.limit import seconds_left
+from anysize.models import BUNDLED
 from anysize.report import Report
 from anysize.session import Options, as_options
 from anysize.tiling import Tiling, as_tiling, parse_bytes
 from anysize.upscale import Upscaler, check_outscale, result_size
 from anysize.work import Cancel, Progress, Rows, as_check
 
-_COMMAND = [sys.executable, "-P", "-m", "anysize.isolate_worker"]
 #: seconds between looks at whether to stop
 _LOOK = 0.05
+#: looks after which a process that has ended says no more
+_LAST_LOOKS = 5
 _REPORTED = [field.name for field in fields(Report)]
 #: bytes of memory with which an engine can be opened at all
 _LEAST = 2**28
@@ -55,9 +60,10 @@ class Isolated(Upscaler):
     are an `Upscaler`'s, with engines by name. A process that ends is an `ExecutionError`, or a
     `ModelLoadError` while the model is opened, and the next picture has a new one. Cancelling, and the end of
     a `time_limit`, end the process at once, also in the middle of a run; so does `close`, from any thread.
+    A later process must find the same model and engine, else it is a `ModelLoadError`.
 
     It is a fence, not a prison: the process has the files and the network of its user.
-    Raises what `Upscaler` raises.
+    Raises what `Upscaler` raises, and `OptionError` from within a picture's own `progress` or `cancel`.
     """
 
     at_once = 1
@@ -81,14 +87,18 @@ class Isolated(Upscaler):
         settings = asdict(as_options(options))
         if not all(isinstance(picture, (str, os.PathLike)) for picture in settings["calibration"]):
             raise OptionError("calibration pictures of another process are files")
-        settings["calibration"] = [os.fspath(picture) for picture in settings["calibration"]]
-        if settings["cache_dir"] is not None:
-            settings["cache_dir"] = os.fspath(settings["cache_dir"])
+        # a later process may start when the program is in another folder
+        settings["calibration"] = [os.path.abspath(picture) for picture in settings["calibration"]]
+        if settings["cache_dir"]:
+            settings["cache_dir"] = os.path.abspath(settings["cache_dir"])
+        name = os.fspath(source)
+        if name not in BUNDLED and os.path.exists(name):
+            name = os.path.abspath(name)
         limit = parse_bytes(most)
         if limit is not None and limit < _LEAST:
             raise OptionError(f"no engine can be opened in less than {_LEAST // 2**20} MiB, not {most!r}")
         self._job = {
-            "source": os.fspath(source),
+            "source": name,
             "backend": backend,
             "precision": precision,
             "tiling": asdict(self.tiling),
@@ -98,6 +108,8 @@ class Isolated(Upscaler):
         }
         self._last = threading.local()
         self._lock = threading.Lock()
+        #: the thread and the process that have the lock
+        self._owner: tuple[int, int] | None = None
         self._child: _Child | None = None
         self._closed = False
         self._identity: Any = None
@@ -110,8 +122,7 @@ class Isolated(Upscaler):
         if not (progress is None or callable(progress)):
             raise OptionError(f"progress must be a function, not {type(progress).__name__}")
         stop = as_check(cancel)
-        while not self._lock.acquire(timeout=_LOOK):  # another thread's picture
-            _check(stop, "")
+        self._take_turn(stop)
         try:
             self._open(stop)
             height, width, channels = array.shape
@@ -119,6 +130,7 @@ class Isolated(Upscaler):
             want = math.prod(shape) * array.dtype.itemsize
             answer, result = self._ask({"outscale": outscale}, array, want, stop, progress)
         finally:
+            self._owner = None
             self._lock.release()
         if (result.shape, result.dtype) != (shape, array.dtype):
             raise IntegrityError(
@@ -154,28 +166,42 @@ class Isolated(Upscaler):
         if (child := self._child) is not None:
             child.kill()
 
+    def _take_turn(self, stop: Callable[[], bool]) -> None:
+        """Acquire the lock, as another thread's picture may have it."""
+        me = (threading.get_ident(), os.getpid())
+        if self._owner == me:
+            raise OptionError("this upscaler is busy with the picture that this call is made in")
+        if self._owner is not None and self._owner[1] != me[1]:  # of a thread that this fork does not have
+            self._lock, self._owner = threading.Lock(), None
+        while not self._lock.acquire(timeout=_LOOK):
+            _check(stop, "")
+        self._owner = me
+
     # -- under the lock, and in the constructor
 
     def _open(self, stop: Callable[[], bool]) -> None:
-        """Have a process with the model opened: a new one where there is none that lives."""
+        """Have a process with the model opened: a new one where there is none that waits for a question."""
         if self._closed:
             raise OptionError("this upscaler is closed")
-        if self._child is not None and self._child.lives():
-            return
-        self._child = None  # the one that has ended
-        self._child = _Child()
-        if self._closed:  # just now
+        if self._child is not None:
+            if self._child.is_free():
+                return
             self._child.kill()
+        source = self._job["source"]
+        child = self._child = _Child()
         try:
-            job = {**self._job, "level": log.getEffectiveLevel()}
-            answer, _ = self._ask(job, None, 0, stop, None)
+            if self._closed:  # just now
+                child.kill()
+            answer, _ = self._ask(self._job, None, 0, stop, None)
             scale, identity = answer.get("scale"), answer.get("identity")
             if not (type(scale) is int and scale >= 1 and _is_identity(identity)):
                 raise _EndedError(f"its process says {answer}, which makes no sense", backend="")
+            if self._identity not in (None, identity):
+                raise ModelLoadError(f"{source}: no longer the model, or the engine, that was opened first")
         except BaseException as error:
-            self._child.kill()
+            child.kill()
             if isinstance(error, _EndedError):
-                raise ModelLoadError(f"{self._job['source']}: {error}") from error
+                raise ModelLoadError(f"{source}: {error}") from error
             raise
         self.scale, self._identity = scale, identity
 
@@ -189,14 +215,15 @@ class Isolated(Upscaler):
     ) -> tuple[Message, Array]:
         """What the process answers, with an array of at most so many bytes.
 
-        Where no answer was read, for whatever reason, the process is ended: it would be the next question's.
+        Where no answer was read, for whatever reason, it would be the next question's: the process stays busy
+        and is never asked again, also where an exception keeps it from being ended here.
         """
-        assert self._child is not None
-        answered = False
+        child = self._child
+        assert child is not None
         try:
-            self._child.send(message, data, most)
-            while not answered:
-                answer, array = self._child.receive(stop)
+            child.send({**message, "level": max(1, log.getEffectiveLevel())}, data, most)
+            while child.busy:
+                answer, array = child.receive(stop)
                 match answer:
                     case {"log": [level, text]}:
                         if log.isEnabledFor(level):
@@ -205,12 +232,12 @@ class Isolated(Upscaler):
                         if progress is not None:
                             progress(done, total)
                     case _:
-                        answered = True
+                        child.busy = False
         finally:
-            if not answered:
-                self._child.kill()
+            if child.busy:
+                child.kill()
         if answer.get("ends"):
-            self._child.kill()
+            child.kill()
         if "error" in answer:
             raise _error(answer)
         return answer, array
@@ -235,44 +262,68 @@ class _Child:
     """The process, and two threads at its pipes, so that neither end can keep its caller waiting."""
 
     def __init__(self) -> None:
-        try:
-            # what engines print, on either, is seen by who looks for faults
-            shown = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
-            pipe = subprocess.PIPE
-            self._process = subprocess.Popen(_COMMAND, stdin=pipe, stdout=pipe, stderr=shown)
-        except OSError as error:  # no memory, or too many of them
-            raise ExecutionError(f"no process can be started: {error}", backend="") from error
-        self._messages: queue.Queue[tuple[Message, Array] | None] = queue.Queue()
-        self._jobs: queue.Queue[tuple[Message, Array | None] | None] = queue.Queue()
+        self._messages: queue.SimpleQueue[tuple[Message, Array] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Message, Array | None] | None] = queue.SimpleQueue()
         #: bytes that the array of an answer may have
         self._most = [0]
+        #: whether it has something to do, or was ended
+        self.busy = True
+        self._owner = os.getpid()
+        # what engines print, on either, is seen by who looks for faults
+        shown = None if log.isEnabledFor(logging.DEBUG) else subprocess.DEVNULL
+        pipe = subprocess.PIPE
+        try:
+            # in a session of its own, so that a terminal's Ctrl-C is for its caller alone
+            self._process = subprocess.Popen(
+                _command(), stdin=pipe, stdout=pipe, stderr=shown, start_new_session=True
+            )
+        except OSError as error:  # no memory, or too many of them
+            raise ExecutionError(f"no process can be started: {error}", backend="") from error
+        finalize(self, _end, self._process, self._jobs, self._owner)
         # neither thread holds this object, so that the process ends with it
         for target, given in ((_listen, (self._messages, self._most)), (_talk, (self._jobs,))):
             name = f"anysize-isolated{target.__name__}"
-            threading.Thread(target=target, args=(self._process, *given), name=name, daemon=True).start()
-        self.kill = finalize(self, _end, self._process, self._jobs)
+            thread = threading.Thread(target=target, args=(self._process, *given), name=name, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no memory, or too many of them
+                self.kill()
+                raise ExecutionError(f"no thread can be started: {error}", backend="") from error
 
-    def lives(self) -> bool:
-        return self._process.poll() is None
+    def is_free(self) -> bool:
+        return not self.busy and self._owner == os.getpid() and not _has_ended(self._process)
+
+    def kill(self) -> None:
+        """End it, and all that it has started. Can be done again, where an exception broke in."""
+        self.busy = True
+        if self._owner == os.getpid():  # not a fork, whose process this is not
+            _end(self._process, self._jobs, self._owner)
+            self._process.wait()
 
     def send(self, message: Message, data: Array | None, most: int) -> None:
+        self.busy = True
         self._most[0] = most
-        self._jobs.put((message, data))
+        self._jobs.put((message, None if data is None else np.ascontiguousarray(data)))
 
     def receive(self, stop: Callable[[], bool]) -> tuple[Message, Array]:
         """The next message. Raises `Cancelled`, `TimedOut` and `_EndedError`."""
+        looks = 0
         while True:
             _check(stop, ", and its process ended")
             left = seconds_left()
             try:
                 found = self._messages.get(timeout=_LOOK if left is None else max(0.0, min(_LOOK, left)))
             except queue.Empty:
-                continue
+                looks += _has_ended(self._process)
+                if looks < _LAST_LOOKS:
+                    continue
+                found = None  # though something that it has started has its end of the pipe
             if found is None:
                 raise _EndedError(f"the model's process ended: {self._how()}", backend="")
             return found
 
     def _how(self) -> str:
+        _kill(self._process)
         code = self._process.wait()
         if code >= 0:
             return f"exit code {code}"
@@ -281,36 +332,74 @@ class _Child:
         return f"signal {-code}"
 
 
+def _command() -> list[str]:
+    """The process finds modules where this one does, except in the folder that it happens to be in."""
+    places = [place for place in sys.path if place]
+    code = f"import sys; sys.path[:] = {places!r}; from anysize.isolate_worker import main; main()"
+    return [sys.executable, "-P", "-c", code]
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Without taking note of it, after which its number could be another's."""
+    try:
+        return psutil.Process(process.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return True
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """And all that it has started, on systems that know such groups. Does not wait."""
+    if process.returncode is None:
+        with suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+
+
+def _end(
+    process: subprocess.Popen[bytes], jobs: queue.SimpleQueue[tuple[Message, Array | None] | None], owner: int
+) -> None:
+    if owner == os.getpid():
+        _kill(process)
+        jobs.put(None)
+
+
 def _listen(
-    process: subprocess.Popen[bytes], messages: queue.Queue[tuple[Message, Array] | None], most: list[int]
+    process: subprocess.Popen[bytes],
+    messages: queue.SimpleQueue[tuple[Message, Array] | None],
+    most: list[int],
 ) -> None:
     """What the process says, until it ends or makes no sense."""
     assert process.stdout is not None
     try:
         with process.stdout as pipe:
+            await_start(pipe)
             while True:
                 messages.put(read(pipe, most))
     except Exception:  # whatever strange bytes can cause
         pass
     finally:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK)  # it may be ending by itself, and how is of interest
-        process.kill()
+        ends = time.monotonic() + _LOOK
+        while not _has_ended(process) and time.monotonic() < ends:  # by itself, and how is of interest
+            time.sleep(_LOOK / 10)
+        _kill(process)
         messages.put(None)
 
 
-def _talk(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Array | None] | None]) -> None:
+def _talk(
+    process: subprocess.Popen[bytes], jobs: queue.SimpleQueue[tuple[Message, Array | None] | None]
+) -> None:
     """Tell the process its jobs. That it does not listen is told by what it does not answer."""
     assert process.stdin is not None
     with suppress(OSError), process.stdin as pipe:
         while (job := jobs.get()) is not None:
-            write(pipe, *job)
-
-
-def _end(process: subprocess.Popen[bytes], jobs: queue.Queue[tuple[Message, Array | None] | None]) -> None:
-    process.kill()
+            try:
+                write(pipe, *job)
+            except Exception:
+                _kill(process)
+            del job  # a caller's picture
     process.wait()
-    jobs.put(None)
 
 
 def _check(stop: Callable[[], bool], what: str) -> None:
@@ -327,13 +416,21 @@ def _error(message: Message) -> AnysizeError:
     kind = getattr(errors, str(message["error"]), None)
     if not (isinstance(kind, type) and issubclass(kind, AnysizeError)):
         kind = ExecutionError
-    error, text = kind.__new__(kind), str(message.get("text"))
+    text = str(message.get("text"))
+    error = _made(kind, text, message.get("known"))
+    try:
+        str(error)  # made from what was said
+    except Exception:
+        error = _made(ExecutionError, text, None)
+    return error
+
+
+def _made(kind: type[AnysizeError], text: str, known: object) -> AnysizeError:
+    error = kind.__new__(kind)
     Exception.__init__(error, text)
-    for name in ("shape", "tile", "got", "want"):
-        setattr(error, name, None)
-    error.message, error.backend = text, ""  # type: ignore[attr-defined]
-    known = message.get("known")
-    for name, value in known.items() if isinstance(known, dict) else ():
-        if not name.startswith("_"):
+    plain = {"shape": None, "tile": None, "got": None, "want": None, "backend": ""}
+    for name, value in {**plain, **(known if isinstance(known, dict) else {})}.items():
+        if not (name.startswith("_") or hasattr(Exception, name)):
             setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    error.message = text  # type: ignore[attr-defined]
     return error

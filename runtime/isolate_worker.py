@@ -40,12 +40,23 @@ _LONGEST = 2**24
 #: seconds between two messages of how far a picture is
 _SHOWN = 0.05
 
+#: characters of a text, and of an error's attribute, that a message may hold
+_LONG = 2**16
+#: what the process says first; before that, other code may have printed
+_START = b"anysize begins\n"
+
 Message = dict[str, Any]
+
+
+def await_start(pipe: IO[bytes]) -> None:
+    """Pass over what was printed before the process had begun. Raises `EOFError`."""
+    while (line := pipe.readline(_LONG)) != _START:
+        if not line:
+            raise EOFError
 
 
 def write(pipe: IO[bytes], message: Message, data: Array | None = None) -> None:
     if data is not None:
-        data = np.ascontiguousarray(data)
         message = {**message, "shape": data.shape, "dtype": data.dtype.str}
     text = json.dumps(message).encode()
     pipe.write(struct.pack("<I", len(text)) + text)
@@ -96,6 +107,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process decides
     given, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what engines print is no answer
+    answers.write(b"\n" + _START)
+    answers.flush()
     jobs: queue.Queue[tuple[Message, Array] | MemoryError] = queue.Queue()
     turn = threading.Lock()  # threads may have something to say at once
 
@@ -135,20 +148,26 @@ def main() -> None:
         tell(_said(error))
         return
     while True:
-        job, array = following()
-        shown = [0.0]
+        _answer(upscaler, tell, *following())
 
-        def progress(done: int, total: int, shown: list[float] = shown) -> None:
-            if done == total or time.monotonic() - shown[0] > _SHOWN:
-                shown[0] = time.monotonic()
-                tell({"progress": [done, total]})
 
-        try:
-            result = upscaler(array, outscale=job["outscale"], progress=progress)
-            assert upscaler.report is not None
-            tell({"report": upscaler.report.to_dict()}, np.ascontiguousarray(result))
-        except BaseException as error:
-            tell(_said(error))
+def _answer(upscaler: Upscaler, tell: Callable[..., None], job: Message, array: Array) -> None:
+    """One picture, of which nothing is left when it is answered."""
+    shown = 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal shown
+        if done == total or time.monotonic() - shown > _SHOWN:
+            shown = time.monotonic()
+            tell({"progress": [done, total]})
+
+    log.setLevel(job["level"])
+    try:
+        result = upscaler(array, outscale=job["outscale"], progress=progress)
+        assert upscaler.report is not None
+        tell({"report": upscaler.report.to_dict()}, np.ascontiguousarray(result))
+    except BaseException as error:
+        tell(_said(error))
 
 
 class _Passing(logging.Handler):
@@ -159,8 +178,10 @@ class _Passing(logging.Handler):
         self.tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):
-            self.tell({"log": [record.levelno, record.getMessage()]})
+        try:
+            self.tell({"log": [record.levelno, self.format(record)[:_LONG]]})
+        except Exception:
+            self.handleError(record)
 
 
 def _opened(job: dict[str, Any]) -> Upscaler:
@@ -199,12 +220,8 @@ def _said(error: BaseException) -> dict[str, Any]:
     known = {}
     for name, value in vars(error).items():
         with suppress(TypeError, ValueError):
-            json.dumps({name: value})
-            known[name] = value
+            if len(json.dumps({name: value})) <= _LONG:
+                known[name] = value
     kind = type(error).__mro__
     name = next((k.__name__ for k in kind if k.__module__ == errors.__name__), "ExecutionError")
-    return {"error": name, "text": text, "known": known}
-
-
-if __name__ == "__main__":
-    main()
+    return {"error": name, "text": text[:_LONG], "known": known}

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def fault(outputs):
         raise RuntimeError("planted failure")
     if open({{flag!r}}).read() == "nan":
         return toys.not_a_number(outputs)
+    if open({{flag!r}}).read().startswith("run "):
+        exec(open({{flag!r}}).read()[4:])
     if open({{flag!r}}).read() == "print":
         print("engines print", flush=True)
         os.write(1, b"and so on")
@@ -82,7 +85,7 @@ def faulty(
     """A model whose engine does what a file says."""
     flag = tmp_path / "flag"
     flag.write_text("")
-    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", FAULTY.format(flag=str(flag))])
+    monkeypatch.setattr(isolate, "_command", lambda: [sys.executable, "-c", FAULTY.format(flag=str(flag))])
     upscale = Isolated(toybox.file("Doubling"), tiling=Tiling("tile", 16))
     yield upscale, flag
     upscale.close()
@@ -288,6 +291,13 @@ def test_a_picture_that_the_process_cannot_hold(toybox: ToyBox, picture: Callabl
     upscale.close()
 
 
+def soon(holds: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
 def stopped(upscale: Isolated) -> int:
     """The process, which does nothing until it is told to go on."""
     assert upscale._child is not None
@@ -340,7 +350,7 @@ def test_what_is_dropped_or_does_not_open_leaves_no_process(toybox: ToyBox, tmp_
     (tmp_path / "broken.onnx").write_bytes(b"\x08" * 100)
     with pytest.raises(ModelLoadError):
         Isolated(tmp_path / "broken.onnx")
-    assert psutil.Process().children() == before
+    soon(lambda: psutil.Process().children() == before)
     (tmp_path / "x.onnx").write_bytes(toybox.file("Nearest").read_bytes())
     upscale = Isolated(tmp_path / "x.onnx")
     (tmp_path / "x.onnx").unlink()
@@ -370,12 +380,12 @@ def test_a_batch_has_a_limit_for_each_picture_not_for_two(
 
 SAYS = """
 import struct, sys, time
-from anysize.isolate_worker import read, write
-import sys, io
+from anysize.isolate_worker import _START, read
 given = sys.stdin.buffer
 def say(text):
     sys.stdout.buffer.write(struct.pack("<I", len(text)) + text)
     sys.stdout.buffer.flush()
+sys.stdout.buffer.write(_START)
 read(given)
 opened = {opened!r}
 say(opened)
@@ -394,15 +404,18 @@ OPENED = b'{"scale": 2, "identity": ["x"]}'
         b'{"report": {}, "dtype": "|u1", "shape": [1e999]}',
         *(b"[1, 2]", b'"abc"', b'{"error": "x"}', b'{"error": "AnysizeError", "known": 5}', b"{}"),
         b'{"error": "ExecutionError", "text": "t", "known": {"__class__": 3, "__dict__": 3}}',
+        b'{"error": "ExecutionError", "text": "t", "known": {"args": 5, "message": 5, "add_note": 5}}',
+        b'{"error": "ExecutionError", "text": "t", "known": {"backend": 5, "tile": 5}}',
         *(b'{"progress": 3}', b'{"progress": ["a", "b"]}', b'{"progress": [1]}', b'{"report": 7}'),
     ],
 )
 def test_a_process_that_talks_nonsense(monkeypatch: pytest.MonkeyPatch, text: bytes) -> None:
     code = SAYS.format(opened=OPENED, text=text)
-    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", code])
+    monkeypatch.setattr(isolate, "_command", lambda: [sys.executable, "-c", code])
     upscale = Isolated()
-    with pytest.raises(AnysizeError), time_limit(5):
+    with pytest.raises(AnysizeError) as caught, time_limit(5):
         upscale(np.zeros((4, 4, 3), np.uint8))
+    assert str(caught.value)
     upscale.close()
 
 
@@ -410,9 +423,160 @@ def test_a_process_that_talks_nonsense(monkeypatch: pytest.MonkeyPatch, text: by
     "opened", [b'{"scale": "x", "identity": []}', b'{"scale": 2, "identity": 5}', b"[]", b'{"scale": 0}']
 )
 def test_a_process_that_opens_nonsense(monkeypatch: pytest.MonkeyPatch, opened: bytes) -> None:
-    monkeypatch.setattr(isolate, "_COMMAND", [sys.executable, "-c", SAYS.format(opened=opened, text=b"")])
+    monkeypatch.setattr(
+        isolate, "_command", lambda: [sys.executable, "-c", SAYS.format(opened=opened, text=b"")]
+    )
     with pytest.raises(ModelLoadError), time_limit(5):
         Isolated()
+
+
+def test_an_exception_while_a_process_is_ended_leaves_no_answer(
+    toybox: ToyBox, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C, in whichever step."""
+    upscale = Isolated(toybox.file("Nearest"), tiling=Tiling("tile", 16))
+    x = picture(300, 200)
+
+    def raises(*_: object) -> None:
+        raise ImageError("the caller's own")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("_end", "_kill"):
+        with monkeypatch.context() as patch:
+            patch.setattr(isolate, step, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                upscale(x, progress=raises)
+        for seed in (1, 2):
+            other = picture(300, 200, seed=seed)
+            np.testing.assert_array_equal(upscale(other), other.repeat(2, 0).repeat(2, 1))
+    before = psutil.Process().children()
+    assert len(before) >= 1
+    upscale.close()
+    assert len(psutil.Process().children()) == len(before) - 1
+
+
+def test_the_program_may_go_to_another_folder_but_the_model_stays(
+    toybox: ToyBox, tmp_path: Path, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name in (("a", "Nearest"), ("b", "Doubling")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.onnx").write_bytes(toybox.file(name).read_bytes())
+    monkeypatch.chdir(tmp_path / "a")
+    upscale, x = Isolated("x.onnx"), picture(10, 12)
+    want = upscale(x)
+    monkeypatch.chdir(tmp_path / "b")
+    upscale._child.kill()
+    np.testing.assert_array_equal(upscale(x), want)
+    upscale._child.kill()
+    (tmp_path / "a" / "x.onnx").write_bytes(toybox.file("Doubling").read_bytes())
+    with pytest.raises(ModelLoadError, match="no longer the model"):
+        upscale(x)
+    upscale.close()
+
+
+def test_a_picture_within_a_picture_is_refused(toybox: ToyBox, picture: Callable[..., np.ndarray]) -> None:
+    """It would wait for itself."""
+    upscale = Isolated(toybox.file("Nearest"), tiling=Tiling("tile", 16))
+    with pytest.raises(OptionError, match="busy with the picture"), time_limit(20):
+        upscale(picture(300, 200), progress=lambda *_: upscale(picture(4, 4)))
+    assert upscale(picture(4, 4)).shape == (8, 8, 3)
+    upscale.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_what_the_process_has_started_ends_with_it(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    """And does not keep its caller waiting by an end of the pipe."""
+    upscale, flag = faulty
+    note = tmp_path / "started"
+    for ending in ("os.kill(os.getpid(), 11)", "time.sleep(100)"):
+        flag.write_text(
+            f"run pid = os.fork()\nif not pid: time.sleep(1000)\n"
+            f"open({str(note)!r}, 'w').write(str(pid))\n{ending}"
+        )
+        started = time.monotonic()
+        with pytest.raises((ExecutionError, TimedOut)), time_limit(5):
+            upscale(picture(40, 40))
+        assert time.monotonic() - started < 7
+        pid = int(note.read_text())
+        soon(lambda pid=pid: not psutil.pid_exists(pid))  # type: ignore[misc]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_a_fork_has_a_process_of_its_own(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    """Also one made while a thread that it does not have runs a picture."""
+    upscale, flag = faulty
+    x = picture(40, 40)
+    want = upscale(x)
+    flag.write_text("run time.sleep(1)")
+    with ThreadPoolExecutor(1) as thread:
+        running = thread.submit(upscale, x)
+        time.sleep(0.3)
+        if not (pid := os.fork()):
+            flag.write_text("")
+            os._exit(0 if np.array_equal(upscale(x), want) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        np.testing.assert_array_equal(running.result(), want)
+
+
+def test_no_thread_at_all_is_an_error(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = psutil.Process().children()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ExecutionError, match="no thread can be started"):
+            Isolated(toybox.file("Nearest"))
+    assert psutil.Process().children() == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no such limit")
+def test_nothing_of_a_picture_is_kept(toybox: ToyBox) -> None:
+    """The next of its size fits too, and the caller's own is the caller's alone."""
+    upscale = Isolated(toybox.file("Nearest"), tiling=Tiling("tile", 256), most="600MiB")
+    x = np.zeros((3000, 3000, 3), np.uint8)
+    for _ in range(3):
+        assert upscale(x).shape == (6000, 6000, 3)
+    soon(lambda: sys.getrefcount(x) == 2)
+    upscale.close()
+
+
+def test_levels_and_long_messages(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    upscale, flag = faulty
+    say = (
+        "run from anysize.guard import log\nlog.debug('a'); log.warning('b %s', 'c'); log.error('d' * 2**25)"
+    )
+    flag.write_text(say)
+    for level, heard in (("WARNING", {"b c"}), ("DEBUG", {"a", "b c"}), ("NOTSET", {"a", "b c"})):
+        caplog.clear()
+        with caplog.at_level("NOTSET"), caplog.at_level(level, "anysize"):
+            upscale(picture(8, 8))
+        assert {message for message in caplog.messages if len(message) < 10} == heard
+        assert "d" * 2**16 in caplog.messages
+    flag.write_text("run raise RuntimeError('e' * 2**25)")
+    with pytest.raises(ExecutionError, match="eeee") as caught:
+        upscale(picture(8, 8))
+    assert len(str(caught.value)) < 2**17
+
+
+def test_what_is_printed_as_python_starts_is_no_message(
+    toybox: ToyBox, tmp_path: Path, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import os; os.write(1, b'started' * 9)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    upscale = Isolated(toybox.file("Nearest"))
+    assert upscale(picture(4, 4)).shape == (8, 8, 3)
+    upscale.close()
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,6 +635,6 @@ def test_another_picture_than_asked_for_is_an_error(
 
 
 def test_no_process_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolate, "_COMMAND", ["/no/such/program"])
+    monkeypatch.setattr(isolate, "_command", lambda: ["/no/such/program"])
     with pytest.raises(ExecutionError, match="no process can be started"):
         Isolated()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,7 +173,24 @@ def bad_files(folder: Path) -> dict[str, str]:
     conv = torch.zeros(3, 3, 3, 3)
     torch.save({"body.0.weight": torch.zeros(4, 0, 3, 3), "body.2.weight": conv}, folder / "none.pth")
     torch.save({f"body.{i}.weight": conv for i in (0, 1, 30_000_000)}, folder / "huge.pth")
+    conv = compact["body.0.weight"]
+    save_file(
+        {"body.0.weight": conv, "body.07.weight": torch.zeros(3, 8, 3, 3)}, folder / "number.safetensors"
+    )
+    odd = {
+        "complex.pth": conv + 0j,
+        "sparse.pth": conv.to_sparse(),
+        "quantised.pth": torch.quantize_per_tensor(conv, 1.0, 0, torch.qint8),
+        "nested.pth": torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)]),
+        "meta.pth": conv.to("meta"),
+    }
+    for name, tensor in odd.items():
+        torch.save(compact | {"body.0.weight": tensor}, folder / name)
+    torch.save(compact | {"body.\ud800\n": conv}, folder / "key.pth")
     return {
+        **dict.fromkeys(odd, "'body.0.weight' is no dense tensor of real numbers"),
+        "number.safetensors": "is none of RRDBNet",
+        "key.pth": r"a key that is no name: 'body.\\ud800\\n'",
         "none.pth": "none.pth",
         "huge.pth": "huge.pth",
         "text.pth": "text.pth",
@@ -196,6 +214,20 @@ def test_anything_else_is_refused_with_what_was_found(tmp_path: Path) -> None:
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_methods_that_a_file_hides(tmp_path: Path) -> None:
+    """Attributes come with mappings and tensors, and those of an instance are found before its methods."""
+    module = SRVGGNetCompact(3, 8, 1, 2)
+    state = OrderedDict(module.state_dict())
+    state.get = state.keys = 5  # type: ignore[method-assign, assignment]
+    for tensor in state.values():
+        tensor.numel = tensor.to = 5  # type: ignore[method-assign, assignment]
+    torch.save(state, tmp_path / "m.pth")
+    loaded = load_weights(tmp_path / "m.pth").module
+    x = torch.rand(1, 3, 8, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), module(x))
 
 
 @pytest.mark.parametrize(

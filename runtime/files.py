@@ -21,6 +21,8 @@ _LOADERS = ("pngload", "jpegload", "webpload", "heifload", "tiffload", "gifload"
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|.{4}ftyp|II[*+]\0|MM\0[*+]|GIF8[79]a", re.DOTALL
 )
+#: pixels that a byte of a JPEG can stand for: each block of 8 x 8 has a Huffman code, of at least a bit
+_JPEG_PIXELS = 512
 #: suffix -> options of libvips' saver; JPEG at 4:4:4 because chroma was computed at full size
 WRITABLE: dict[str, dict[str, Any]] = {
     ".png": {},
@@ -102,6 +104,11 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
     if image.width * image.height > pixel_limit:
         raise ImageError(
             f"{path}: {image.width} x {image.height} pixels, more than the limit of {pixel_limit}"
+        )
+    # a progressive one takes six bytes of memory per pixel of its header before its data is looked at
+    if loader == "jpegload" and image.width * image.height > _JPEG_PIXELS * path.stat().st_size:
+        raise ImageError(
+            f"{path}: damaged picture: too few bytes for {image.width} x {image.height} pixels of JPEG"
         )
     pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
     animated = head.startswith(b"\x89PNG") and _is_animated(path)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from anysize import AnysizeError, ImageError, MemoryBudgetError, ModelLoadError, ModelSpec, Upscaler
 from anysize.files import read_picture, write_picture
-from anysize.models import load_weights
+from anysize.models import community, load_weights
 from anysize.models.architectures import SRVGGNetCompact
 from conftest import ENGINES
 from fuzzing import EDITS, Samples, Tally, cases, edited
@@ -83,6 +83,26 @@ def test_a_header_of_a_huge_picture_costs_nothing(tmp_path: Path, width: int) ->
     assert psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_holds_what_its_header_claims(tmp_path: Path, progressive: bool) -> None:
+    """A progressive one would take six bytes per pixel, here 2.8 GB, before its data is looked at."""
+    import psutil
+    import pyvips
+
+    flat = pyvips.Image.black(4000, 3000).cast("uchar")
+    options = {"Q": 1, "optimize_coding": True, "interlace": progressive}
+    flat.jpegsave(str(tmp_path / "flat.jpg"), **options)
+    assert read_picture(tmp_path / "flat.jpg").array.shape == (3000, 4000, 1)
+    data = bytearray(pyvips.Image.black(16, 16).cast("uchar").jpegsave_buffer(**options))
+    at = data.index(b"\xff\xc2" if progressive else b"\xff\xc0")
+    data[at + 5 : at + 9] = (22_000).to_bytes(2, "big") * 2
+    (tmp_path / "bomb.jpg").write_bytes(data)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ImageError, match="too few bytes for 22000 x 22000"):
+        read_picture(tmp_path / "bomb.jpg")
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+
+
 @pytest.fixture(scope="module")
 def weights() -> Samples:
     from safetensors.torch import save
@@ -102,6 +122,60 @@ def test_bytes_of_weights(weights: Samples, tmp_path: Path, tally: Tally, suffix
     path.write_bytes(edited(weights[suffix], edits))
     with tally.case(ModelLoadError):
         load_weights(path)
+
+
+@pytest.mark.parametrize("claims", ["repeated", "blocks", "archive", "spandrel"])
+def test_weights_that_claim_a_larger_model(tmp_path: Path, claims: str) -> None:
+    """Refused before it is built: these took 10, 2.8 and 14 GB."""
+    path, one = tmp_path / "x.pth", torch.zeros(1)
+    state = {
+        "conv_first.weight": torch.zeros(64, 3, 3, 3),
+        "conv_last.weight": torch.zeros(3, 64, 3, 3),
+        "body.0.rdb1.conv1.weight": torch.zeros(32, 64, 3, 3),
+    }
+    says = "claim more values than the file has bytes"
+    if claims == "repeated":
+        state = {key: one.expand(3000, 3000, 3, 3) for key in state}
+    elif claims == "blocks":
+        state["body.999.rdb1.conv1.weight"], says = one, "looks like RRDBNet, but .*conv_first.bias"
+    elif claims == "spandrel":
+        if not community.installed():
+            pytest.skip("needs spandrel")
+        community.import_spandrel()
+        from spandrel.architectures.SPAN import SPAN
+
+        small = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2)
+        state = dict.fromkeys(small.state_dict(), one)
+        state["conv_1.sk.weight"] = torch.zeros(2000, 3, 1, 1)
+        says = "a larger model than a file of its size can hold"
+    torch.save(state, path)
+    if claims == "archive":
+        with zipfile.ZipFile(path) as file:
+            parts = {name: file.read(name) for name in file.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+            for name, part in parts.items():
+                file.writestr(name, part)
+        says = "its parts are larger than the file"
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ModelLoadError, match=says):
+        load_weights(path)
+    assert psutil.Process().memory_info().rss - before < 200 * 2**20
+
+
+KEYS = st.from_regex(
+    r"(body|conv_first|model|conv_up1)\.(0|1|07|\u0663|999)?(\.rdb1\.conv1)?\.(weight|bias)", fullmatch=True
+)
+SHAPES = st.sampled_from([(4, 3, 3, 3), (3, 4, 3, 3), (12, 4, 3, 3), (2**40, 0, 3, 3), (0,), (), (4,)])
+
+
+@given(shapes=st.dictionaries(KEYS, SHAPES, max_size=6))
+@cases(200)
+def test_keys_and_shapes_of_weights(tmp_path: Path, tally: Tally, shapes: dict[str, Any]) -> None:
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "x.pth")
+    with tally.case(ModelLoadError):
+        load_weights(tmp_path / "x.pth")
 
 
 JSON = st.recursive(

@@ -18,6 +18,7 @@ from anysize.backends.errors import ModelLoadError, ShapeError
 SPEC_KEY = "anysize.spec"
 _VERSION = 1
 _LARGEST = 2**31  # no size or factor of a contract reaches this
+_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -239,13 +240,15 @@ class ModelSpec:
                 raise ValueError(f"version is not {_VERSION}")
             data["inputs"] = tuple(map(_tensor, data["inputs"]))
             data["outputs"] = tuple(map(_tensor, data["outputs"]))
-            low, high = data["value_range"]
-            data["value_range"] = (float(low), float(high))
+            data["value_range"] = low, high = bounds(data["value_range"])
             spec = cls(**data)
-            if not spec.inputs or not spec.outputs or not low < high:
+            if not spec.inputs or not spec.outputs or not np.float32(low) < np.float32(high):
                 raise ValueError("no inputs, no outputs, or an empty value range")
             if spec.radius is not None and not (type(spec.radius) is int and 0 <= spec.radius < _LARGEST):
                 raise ValueError(f"radius {spec.radius!r}")
+            texts = (spec.source_sha256, spec.producer)
+            if not all(type(t) is str for t in texts) or type(spec.opset) not in (int, type(None)):
+                raise ValueError(f"source, producer or opset {(*texts, spec.opset)!r}")
             if not isinstance(spec.tileable, bool):
                 raise ValueError(f"tileable {spec.tileable!r}")
             rules = {s.dim for t in (*spec.inputs, *spec.outputs) for s in t.shape if isinstance(s, Rule)}
@@ -254,6 +257,19 @@ class ModelSpec:
             return spec
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ModelLoadError(f"the model's embedded contract is damaged: {error}") from error
+
+
+def bounds(values: Any) -> tuple[float, float]:
+    """The least and the largest of values that are computed in f32, as is their difference.
+
+    Raises `ValueError` or `TypeError` for all else.
+    """
+    low, high = values
+    if not {type(low), type(high)} <= {int, float} or not low <= high or not high - low <= _F32:
+        raise ValueError(f"values {values!r}")
+    if max(-low, high) > _F32:
+        raise ValueError(f"values {values!r}")
+    return float(low), float(high)
 
 
 def _tensor(data: Mapping[str, Any]) -> TensorSpec:
@@ -273,8 +289,5 @@ def _tensor(data: Mapping[str, Any]) -> TensorSpec:
 
     values = data.get("values")
     if values is not None:
-        low, high = map(float, values)
-        if not -math.inf < low <= high < math.inf:
-            raise ValueError(f"values {values!r}")
-        values = (low, high)
+        values = bounds(values)
     return TensorSpec(str(data["name"]), np.dtype(data["dtype"]), tuple(map(size, data["shape"])), values)

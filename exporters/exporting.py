@@ -30,6 +30,7 @@ from anysize.backends import (
 )
 from anysize.backends.base import Array, Executable, Feeds
 from anysize.backends.errors import BackendUnavailableError, ExportError, OptionError
+from anysize.backends.spec import bounds
 from anysize.exporters.branches import Doubts, breaking_sizes
 from anysize.exporters.cost import working_bytes
 from anysize.exporters.probing import Templates, batch_axis, clip, noise, probe
@@ -217,10 +218,10 @@ def probe_module(
 
     values: Any = getattr(module, "value_range", (0.0, 1.0)) if value_range is None else value_range
     try:
-        low, high = map(float, values)
-    except (TypeError, ValueError):
+        low, high = bounds([float(value) for value in values])
+    except (TypeError, ValueError, OverflowError):
         low = high = 0.0
-    if not (low < high and max(-low, high) <= float(np.finfo(np.float32).max)):
+    if not low < high:
         raise OptionError(f"value_range must be the least and the largest value, not {values!r}")
     spec = probe(
         eager(module, [t.name for t in templates]),

@@ -330,7 +330,7 @@ def test_a_graph_of_a_version_far_ahead(models: dict[str, bytes], folder: Path, 
 
 
 def test_an_engine_that_divides_by_nothing(models: dict[str, bytes], folder: Path) -> None:
-    """A stride of zero ends ONNX Runtime's process by a signal, here or where it first runs."""
+    """A stride of zero: ONNX Runtime refuses it, or ends its process by a signal; typed in both cases."""
     model = onnx.load_from_string(models["Doubling"])
     for node in model.graph.node:
         for attribute in node.attribute:

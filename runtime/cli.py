@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,6 +45,7 @@ from anysize.cli_options import (
     out,
     remove_empty,
 )
+from anysize.limit import runs_left
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
@@ -99,6 +101,12 @@ def main(arguments: list[str] | None = None) -> None:
             code = FAILED
             text = f"internal error: {type(error).__name__}: {error}; --debug shows more"
             err.print(text, markup=False, soft_wrap=True)
+    if arguments is None and runs_left():  # the process is the command's own, and what hangs may not keep it
+        logging.shutdown()
+        with suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code or OK)
     sys.exit(code or OK)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ class _Closes(Protocol):
 Closes = TypeVar("Closes", bound=_Closes)
 #: when, by the monotonic clock, what is done in this context has to end
 _deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
+#: seconds that the process, as it ends, waits for runs that were left
+_PATIENCE = 5.0
 
 
 @contextmanager
@@ -30,8 +34,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     """Whatever opens or runs models in this `with` raises `TimedOut` after so many seconds of wall-clock.
 
     A run that has begun cannot be stopped: it goes on in a thread, its result is dropped, and its program is
-    not used again. The process can end meanwhile. Within another limit, the one that ends first counts;
-    None is no limit. Raises `OptionError` for what is not a positive number.
+    not used again. The process can end meanwhile: it ends what still goes on there, at the next step in
+    Python, and waits for it, but no longer than 5 seconds. An engine that keeps Python's lock cannot be left
+    before it gives it back. What is measured in processes of its own (`sweep`, `anysize bench`) and
+    `anysize.exporters.export`, called by itself, go on to their end. Within another limit, the one that ends
+    first counts; None is no limit. Raises `OptionError` for what is not a positive number.
     """
     check_seconds(seconds)
     ends = [outer] if (outer := _deadline.get()) is not None else []
@@ -100,8 +107,12 @@ def closing_in_time(thing: Closes) -> Iterator[Closes]:
     thing.close()
 
 
+class _Run(threading.Thread):
+    """One that keeps no process from ending for more than a few seconds."""
+
+
 def in_a_thread(function: Callable[[], T]) -> Future[T]:
-    """Call it in a thread that keeps no process from ending."""
+    """Call it in a `_Run`."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -110,5 +121,27 @@ def in_a_thread(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=copy_context().run, args=(run,), name="anysize-limited", daemon=True).start()
+    _Run(target=copy_context().run, args=(run,), name="anysize-limited", daemon=True).start()
     return future
+
+
+def runs_left() -> list[_Run]:
+    """Those that still go on."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, _Run)]
+
+
+@atexit.register
+def _end_runs() -> None:
+    """Before Python ends, end the runs that were left, as far as a short wait can.
+
+    A thread that comes back from an engine to a Python that is ending is unwound by CPython before 3.14,
+    through C++ frames that do not allow that: the process would abort.
+    """
+    ends = time.monotonic() + _PATIENCE
+    for run in runs_left():
+        # where it runs many operators one by one, it gets no further than the next; silent in a thread
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(run.ident or 0), ctypes.py_object(SystemExit)
+        )
+    for run in runs_left():
+        run.join(max(0.0, ends - time.monotonic()))

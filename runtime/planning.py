@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from anysize.backends.base import Array
 from anysize.backends.errors import (
@@ -15,6 +16,7 @@ from anysize.backends.errors import (
 )
 from anysize.backends.spec import Dim
 from anysize.exporters.radius import image_step
+from anysize.limit import in_time
 from anysize.lockstep import TILE, LockstepRunner
 from anysize.memory import available, resident
 from anysize.session import Session
@@ -38,6 +40,8 @@ _COPIES, _BEYOND = 5, 16
 #: What a program was seen to hold, as a multiple of the tensors alive at once (0.8 to 1.9 on three engines),
 #: and what an engine takes beside it with its first program (5 to 35 MiB)
 _HELD, _ENGINE = 2, 40 * 2**20
+#: where a limit of time ended: taking a model apart, and what has to be imported for that, can take seconds
+_PLANNING = "while it was planned how to run"
 
 #: gives the model's input planes, (C, H, W) each, where a plan has to measure on the picture
 Inputs = Callable[[], list[Array]]
@@ -68,22 +72,23 @@ class Plan:
 def make_plan(session: Session, tiling: Tiling, height: int, width: int, held: int, inputs: Inputs) -> Plan:
     """Choose for a padded picture of (height, width); `held`: bytes its pixels and the result will take.
 
-    Raises `OptionError` for a request the model cannot serve, `NotStreamable`, `MemoryBudgetError`.
+    Raises `OptionError` for a request the model cannot serve, `NotStreamable`, `MemoryBudgetError`,
+    `TimedOut`.
     """
     planner = _Planner(session, tiling, height, width, held)
     if not planner.limited and planner.spare < 0:
         raise MemoryBudgetError(planner.short(0))
-    return planner.plan(inputs)
+    return in_time(partial(planner.plan, inputs), _PLANNING)
 
 
 def fit_together(session: Session, height: int, width: int, held: int, most: int) -> int:
     """How many padded pictures of this size, `most` at most, can run at once in the memory that is left.
 
-    Raises `MemoryBudgetError` where not even one can.
+    Raises `MemoryBudgetError` where not even one can, `TimedOut`.
     """
     planner = _Planner(session, Tiling("whole"), height, width, held)
     for count in range(most, 0, -1):
-        cost = planner.fits(height, width, count)
+        cost = in_time(partial(planner.fits, height, width, count), _PLANNING)
         if not cost:
             return count
     raise MemoryBudgetError(planner.short(cost))
@@ -92,7 +97,7 @@ def fit_together(session: Session, height: int, width: int, held: int, most: int
 def stream_plan(session: Session, tiling: Tiling, height: int, width: int, held: int) -> Plan | None:
     """The same where bands will run, which needs no look at the pixels; else None."""
     planner = _Planner(session, tiling, height, width, held)
-    return planner.streamed() if planner.may_stream() else None
+    return in_time(planner.streamed, _PLANNING) if planner.may_stream() else None
 
 
 class _Planner:

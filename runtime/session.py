@@ -281,6 +281,7 @@ class Session:
         self._lock = threading.Lock()
         self._bytes: dict[tuple[tuple[str, int], ...], int | None] = {}
         self._apart: dict[type, BandRunner | LockstepRunner | AnysizeError] = {}
+        self._taking = threading.Lock()  # apart, which takes long: counters are not to wait for it
         self._closed = False
 
     @property
@@ -364,19 +365,22 @@ class Session:
 
     def _taken_apart(self, kind: type[Runner]) -> Runner:
         """Made once; what keeps a model from it does so each time."""
-        with self._lock:
-            if self._closed:
+        with self._taking:
+            with self._lock:
+                closed, found = self._closed, self._apart.get(kind)
+            if closed:
                 raise OptionError("this session is closed")
-            if kind not in self._apart:
+            if found is None:
                 try:
-                    self._apart[kind] = kind(self._guards[0])
+                    found = kind(self._guards[0])
                 except AnysizeError as error:
-                    self._apart[kind] = error
+                    found = error
                 except Exception as error:  # a graph stranger than the pass foresees
                     text = f"{type(error).__name__}: {error}"
-                    self._apart[kind] = NotStreamable(f"the graph cannot be taken apart: {text}")
+                    found = NotStreamable(f"the graph cannot be taken apart: {text}")
                     log.warning("the graph cannot be taken apart: %s", text, exc_info=True)
-            found = self._apart[kind]
+                with self._lock:
+                    self._apart[kind] = found
         if isinstance(found, AnysizeError):
             raise found.with_traceback(None)
         assert isinstance(found, kind)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from anysize.backends import Backend, EngineOptions, Model, ModelSpec, available_backends, get_backend
-from anysize.backends.base import Array, Feeds
+from anysize.backends.base import Array, Feeds, Shapes
 from anysize.backends.errors import (
     AnysizeError,
     BackendUnavailableError,
@@ -20,13 +21,17 @@ from anysize.backends.errors import (
     ExportError,
     ModelLoadError,
     OptionError,
+    TimedOut,
 )
 from anysize.exporters.exporting import ONE_FILE, eager, random_feeds
+from anysize.limit import in_time
 from anysize.parity import check_atol, chosen_sizes
 from anysize.sources import Source, as_graph
 
 #: inputs at each size: a wrong operator may not show on one
 _SEEDS = 2
+#: where a limit of time ended
+_OPENING = "while the model is opened"
 
 _SCRIPT = """# One operator of {model!r}: {backend} {version} departs from the reference by {error}.
 
@@ -176,15 +181,16 @@ def bisect(
     noise for each. `precision`: "f32" or "bf16". `folder`: where to save, in a folder for each engine that
     departs, the operator, the reference's inputs for it, and a script that needs the engine and NumPy alone.
 
-    Raises `ModelLoadError`, `OptionError`, `BackendUnavailableError` (no onnx), `ExportError`.
+    Raises `ModelLoadError`, `OptionError`, `BackendUnavailableError` (no onnx), `ExportError`,
+    and `TimedOut` within a `time_limit`.
     """
     check_atol(atol)
     home = _folder(folder)
     onnx = _onnx()
     engines = _engines(backends, precision)
-    graph, module = _first_of(engines, source)
+    graph, module = in_time(partial(_first_of, engines, source), _OPENING)
     assert graph.spec is not None
-    true = graph if reference is None else _first_of(engines, reference)[0]
+    true = graph if reference is None else in_time(partial(_first_of, engines, reference), _OPENING)[0]
     module = None if reference is not None else module  # what is compared is the two graphs
     search = _Search(onnx, _proto(onnx, graph), _proto(onnx, true), graph.spec, atol)
     cases = [
@@ -198,6 +204,8 @@ def bisect(
     for engine in engines:
         try:
             found = search.departure(engine, precision)
+        except TimedOut:
+            raise
         except AnysizeError as error:
             problem = f"cannot run the graph: {_first_line(error)}"
             rows.append(BisectRow(engine.name, precision, None, problem))
@@ -251,6 +259,18 @@ def _first_of(engines: Sequence[Backend], source: Source) -> tuple[Model, Any]:
             problem = problem or error
     assert problem is not None
     raise problem
+
+
+def _run(
+    engine: Backend, model: Model, shapes: Shapes | None, precision: str, feeds: Feeds
+) -> dict[str, Array]:
+    """One run of a program made for it. Raises what the engine does, and `TimedOut`."""
+
+    def run() -> dict[str, Array]:
+        with closing(engine.compile(model, shapes, EngineOptions(precision))) as program:
+            return program.run(feeds)
+
+    return in_time(run, f"in a run of {engine.name}")
 
 
 def _first_line(error: Exception) -> str:
@@ -339,7 +359,8 @@ class _Search:
             self.cases.append(_Case(size, feeds, self.evaluated(self.true, feeds, "the reference")))
         for case in self.cases if module is not None else ():
             assert module is not None
-            for value, got in zip(self.true.graph.output, module(case.feeds).values(), strict=True):
+            results = in_time(partial(module, case.feeds), "in PyTorch's run")
+            for value, got in zip(self.true.graph.output, results.values(), strict=True):
                 if (problem := self.differ(got, case, value.name)) is not None:
                     raise ExportError(f"the converted graph is not what PyTorch computes: {problem.where}")
         known = self.cases[0].values
@@ -359,7 +380,10 @@ class _Search:
         given = feeds if set(names) == set(feeds) else dict(zip(names, feeds.values(), strict=True))
         try:
             evaluator = self.onnx.reference.ReferenceEvaluator(proto)
-            values: dict[str, Array] = evaluator.run(None, given, intermediate=True)
+            run = partial(evaluator.run, None, given, intermediate=True)
+            values: dict[str, Array] = in_time(run, f"in the run of {what} by ONNX's own implementation")
+        except TimedOut:
+            raise
         except Exception as error:  # what it lacks and what it cannot do have classes of its own
             reason = f"ONNX's own implementation cannot run {what}: {_first_line(error)}"
             raise ModelLoadError(reason) from error
@@ -388,13 +412,11 @@ class _Search:
     def run(self, engine: Backend, precision: str, proto: Any, case: _Case) -> dict[str, Array]:
         """Raises `ExecutionError` for whatever the engine raises."""
         shapes = self.spec.input_shapes(case.size) if engine.prefers_static else None
+        model = Model("onnx", proto.SerializeToString())
         try:
-            model = Model("onnx", proto.SerializeToString())
-            program = engine.compile(model, shapes, EngineOptions(precision))
-            try:
-                return program.run(case.feeds)
-            finally:
-                program.close()
+            return _run(engine, model, shapes, precision, case.feeds)
+        except TimedOut:
+            raise
         except Exception as error:
             text = getattr(error, "message", None) or _first_line(error)
             raise ExecutionError(text, backend=engine.name, shape=case.size) from error
@@ -490,11 +512,14 @@ class _Search:
         proto, inputs = self.alone(node, worst.case)
         which = [name for name in node.output if name].index(tensor)
         difference: float | None = None
-        with suppress(Exception):  # alone it may lack what the engine knew of its inputs
-            program = engine.compile(Model("onnx", proto), None, EngineOptions(precision))
-            got = list(program.run(inputs).values())[which]
+        try:
+            got = list(_run(engine, Model("onnx", proto), None, precision, inputs).values())[which]
             if got.shape == want.shape:
                 difference = float(np.abs(got.astype(np.float64) - want).max(initial=0.0))
+        except TimedOut:
+            raise
+        except Exception:  # alone it may lack what the engine knew of its inputs
+            pass
         report = Departure(
             operator=node.op_type,
             node=node.name or tensor,

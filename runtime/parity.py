@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from anysize.backends import ModelSpec, available_backends
 from anysize.backends.base import Array
-from anysize.backends.errors import AnysizeError, ExportError, ModelLoadError, OptionError
+from anysize.backends.errors import AnysizeError, ExportError, ModelLoadError, OptionError, TimedOut
 from anysize.exporters.exporting import random_feeds, verification_sizes
 from anysize.session import Session, load
 from anysize.sources import Source
@@ -115,7 +115,8 @@ def compare(
     The reference is eager PyTorch in f32 where it takes the source, else ONNX Runtime, else OpenVINO.
     `backends`: names, by default all installed that take the source. `sizes`: by default those that an
     export is verified at. `precision`: "f32" or "bf16". Inputs are seeded noise in the contract's value
-    range. Raises what `load` raises, and `OptionError` where there is nothing to compare.
+    range. Raises what `load` raises, `TimedOut` within a `time_limit`, and `OptionError` where there is
+    nothing to compare.
     """
     check_atol(atol)
     if precision not in ("f32", "bf16"):
@@ -148,6 +149,8 @@ def compare(
         for name, session in sessions.items():
             try:
                 got = session.run(feeds)
+            except TimedOut:  # nothing of the engine's: the caller's limit is over
+                raise
             except AnysizeError as error:
                 rows.append(ParityRow(name, session.precision, size, False, error=str(error)))
                 continue
@@ -170,6 +173,8 @@ def _reference(source: Source) -> tuple[str, Session]:
     for name in _REFERENCES:
         try:
             return name, load(source, backend=name)
+        except TimedOut:
+            raise
         except AnysizeError as error:
             problem = problem or error
     assert problem is not None

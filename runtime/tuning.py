@@ -12,7 +12,9 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from anysize.exporters.bands import ROWS
 from anysize.exporters.exporting import random_feeds, sizes_near
 from anysize.exporters.radius import image_step
 from anysize.guard import Sequence, log
+from anysize.limit import in_time
 from anysize.memory import Held, available, measure, resident
 
 if TYPE_CHECKING:
@@ -123,7 +126,7 @@ def tune(session: Session, say: Callable[[str], Any] = lambda text: None) -> Tun
         except (NotStreamable, BackendUnavailableError):
             speeds = _measure(alone, _Tiles, _TILES, started, say)
     say("memory")
-    tuned = Tuned(speeds, live, measure(session))
+    tuned = Tuned(speeds, live, in_time(partial(measure, session), "while memory is measured"))
     kept = _kept(session)
     if kept is not None:
         kept[0].put(tuned.to_json().encode(), *kept[1])
@@ -239,7 +242,10 @@ def _measure(
 
         def timed(case: _Bands | _Tiles, streams: int) -> float:
             begun = time.perf_counter()
-            list(pool.map(case.run, range(streams)))
+            # a limit of time holds in the threads of the pool too
+            runs = [pool.submit(copy_context().run, case.run, stream) for stream in range(streams)]
+            for run in runs:
+                run.result()
             return time.perf_counter() - begun
 
         try:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import anysize
 import numpy as np
 import pytest
+from anysize import Tiling, TimedOut, Upscaler, time_limit
+from anysize.backends import get_backend
 from anysize.files import write_picture
+from anysize.tuning import tune
+from conftest import ENGINES, ToyBox
+
+GRAPH_ENGINES = [e for e in ENGINES if e != "torch"]
 
 #: leaves some runs that would take a second or more, one after the other, and ends with code 7
 LEAVES = """
@@ -74,3 +84,77 @@ def test_the_command_ends_with_its_own_code_though_a_run_goes_on(
     assert done.stderr.startswith("error: the time is up")
     assert not out.exists()
     assert seconds < 15
+
+
+@pytest.fixture
+def hangs() -> Iterator[Callable[..., Any]]:
+    """A function that waits until the test is over."""
+    go_on = threading.Event()
+
+    def wait(*_: Any, **__: Any) -> Any:
+        go_on.wait(60)
+        raise RuntimeError("nobody waits for this")
+
+    yield wait
+    go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("method", "what"), [("whole", "exporters.cost.working_bytes"), ("stream", "streaming.BandRunner")]
+)
+def test_planning_has_a_limit(
+    toybox: ToyBox, monkeypatch: pytest.MonkeyPatch, hangs: Callable[..., Any], method: Any, what: str
+) -> None:
+    """Taking a model apart, and importing what that takes, was seen to last for 10 seconds."""
+    upscale = Upscaler(toybox.file("Doubling"), backend=GRAPH_ENGINES[0], tiling=Tiling(method))
+    picture = np.zeros((300, 300, 3), np.uint8)
+    started = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"anysize.{what}", hangs)
+        for _ in range(2):  # counters, which each picture asks for, do not wait for it either
+            with pytest.raises(TimedOut, match="while it was planned"), time_limit(0.3):
+                upscale(picture)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif(len(GRAPH_ENGINES) < 2, reason="needs a second engine to compare")
+def test_a_limit_is_no_finding_of_a_comparison(
+    toybox: ToyBox, monkeypatch: pytest.MonkeyPatch, hangs: Callable[..., Any]
+) -> None:
+    reference, other = sorted(GRAPH_ENGINES)
+    file = toybox.file("Doubling")
+    monkeypatch.setattr(type(get_backend(other)), "compile", hangs)
+    with pytest.raises(TimedOut, match="compiled"), time_limit(3):
+        anysize.compare(file, backends=[reference, other], sizes=[(8, 8)])
+
+
+def test_a_search_for_an_operator_has_a_limit(
+    toybox: ToyBox, monkeypatch: pytest.MonkeyPatch, hangs: Callable[..., Any]
+) -> None:
+    import onnx.reference
+
+    file, engine = toybox.file("Doubling"), GRAPH_ENGINES[0]
+    anysize.bisect(file, backends=[engine], sizes=[(8, 8)])  # imports what it takes
+    for owner, method, where in (
+        (onnx.reference.ReferenceEvaluator, "run", "ONNX's own"),
+        (type(get_backend(engine)), "compile", f"in a run of {engine}"),
+    ):
+        started = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, hangs)
+            with pytest.raises(TimedOut, match=where), time_limit(1):
+                anysize.bisect(file, backends=[engine], sizes=[(8, 8)])
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="needs an engine with streams")
+def test_tuning_has_a_limit_in_all_its_threads(
+    toybox: ToyBox, monkeypatch: pytest.MonkeyPatch, hangs: Callable[..., Any]
+) -> None:
+    session = anysize.load(toybox.file("Doubling"), backend="openvino")
+    monkeypatch.setattr("anysize.tuning._live", lambda session: 4)  # which has a run of its own
+    monkeypatch.setattr("anysize.backends.openvino._Sequence.run", hangs)
+    started = time.monotonic()
+    with pytest.raises(TimedOut, match="in a run"), time_limit(1):
+        tune(session)
+    assert time.monotonic() - started < 5

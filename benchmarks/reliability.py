@@ -23,7 +23,11 @@ PAGE = ROOT / "docs" / "reliability.md"
 #: part -> its title, its files in tests/, and how many run at once
 PARTS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "regressions": ("The cases that other programs got wrong", ("test_regressions",), 2),
-    "faults": ("Engines that fail, hang, or return something else, at every call", ("test_faults",), 2),
+    "faults": (
+        "Engines that fail, hang, or return something else, at every call",
+        ("test_faults", "test_limit"),
+        2,
+    ),
     "crashes": ("Killed processes, full disks, sources that vanish", ("test_manifest",), 2),
     "load": ("Eight threads at once; processes that share a cache", ("test_load",), 1),
     "input": ("Broken and hostile pictures, weights, contracts, arguments, names", ("test_fuzz",), 2),
@@ -59,20 +63,52 @@ BUGS = {
         "an `Isolated` that was dropped or did not open left its process"
     ),
     "test_a_picture_that_the_process_cannot_hold": "one too large for its process was an `ExecutionError`",
+    "test_an_exception_while_a_process_is_ended_leaves_no_answer": (
+        "a second Ctrl-C while `Isolated` ended its process: each further picture was the one before"
+    ),
+    "test_the_program_may_go_to_another_folder_but_the_model_stays": (
+        "after the program changed its folder, a new process of `Isolated` opened another file of that name"
+    ),
+    "test_a_picture_within_a_picture_is_refused": "a picture within another's `progress` waited for ever",
+    "test_what_the_process_has_started_ends_with_it": (
+        "what a crashed engine had started held the pipe, and the crash was not noticed"
+    ),
+    "test_a_fork_has_a_process_of_its_own": "a fork, made while a thread ran a picture, waited for ever",
+    "test_no_thread_at_all_is_an_error": "where no thread could be started, `Isolated` left its process",
+    "test_nothing_of_a_picture_is_kept": "the process of `Isolated` held a picture till the next",
+    "test_levels_and_long_messages": "a message of over 16 MiB ended the process of `Isolated`",
+    "test_what_is_printed_as_python_starts_is_no_message": (
+        "what other code printed as Python started ended the process of `Isolated`"
+    ),
     "test_closing_ends_what_another_thread_runs": "closing an `Isolated` waited for a run that hung",
     "test_a_batch_has_a_limit_for_each_picture_not_for_two": (
         "in a batch, a picture's time ran while another's process was busy"
     ),
     "test_opening_has_a_limit_too": "an engine that hung as a model was opened was waited for without end",
+    "test_a_process_ends_with_its_own_code_though_a_run_goes_on": (
+        "a process that left a run at its limit aborted as it ended (SIGABRT), by way of the engine's C++"
+    ),
+    "test_planning_has_a_limit": "how to run a picture was planned beyond its time limit",
+    "test_a_search_for_an_operator_has_a_limit": "`bisect` knew no time limit",
+    "test_tuning_has_a_limit_in_all_its_threads": "the threads of `tune` knew no time limit",
+    "test_a_limit_is_no_finding_of_a_comparison": "`compare` took the limit's end for an engine's fault",
+    "test_keys_and_shapes_of_weights": "a key of weights such as `body.07.weight` was a `KeyError`",
+    "test_weights_that_claim_a_larger_model": (
+        "weights of kilobytes took gigabytes, by tensors that repeat one value and numbers of blocks in keys"
+    ),
+    "test_methods_that_a_file_hides": "weights in a mapping whose `get` is data were a `TypeError`",
+    "test_a_jpeg_holds_what_its_header_claims": "a progressive JPEG of 693 bytes took 2.8 GB",
+    "test_damaged_json_is_a_load_error": "a contract of an endless range: an `OverflowError` in a run",
     "test_a_limit_that_is_over_costs_no_program": "a limit that was over before a run cost a good program",
     "test_other_loaders_of_libvips_never_see_a_file": (
         "a drawing (SVG) named .png kept libvips busy for minutes before it was refused"
     ),
     "test_a_pipe_is_not_waited_for": "a pipe named .png in a folder was waited for without end",
     "test_a_contract_that_asks_for_all_memory": "a contract of huge sizes: a `MemoryError`",
-    "test_an_engine_that_divides_by_nothing": (
-        "of ONNX Runtime: a stride of zero ends the process (SIGFPE); `Isolated` makes it an error"
+    "test_broken_graphs": (
+        "of ONNX Runtime and OpenVINO: broken graphs end the process by a signal; an error of `Isolated`"
     ),
+    "test_broken_nets": "of ncnn: a border of 100,000 pixels keeps it for ever; `Isolated` ends it",
     "test_a_graph_of_a_version_far_ahead": (
         "of OpenVINO: it counts up to an operator set's version, for ever; `Isolated` ends it"
     ),
@@ -142,10 +178,9 @@ def write() -> int:
             rows.append(f"| {text} | {attack.cases} | {outcomes} | {slowest} | {attack.seconds:.0f} s |")
         sections.append(f"## {title}\n\n" + "\n".join(rows) + "\n")
     failed = sum(len(attack.failed) for attack in everything.values())
-    bugs = [
-        f"* {what}: `{test}`" + ("" if test in everything and everything[test].cases else " (not run)")
-        for test, what in BUGS.items()
-    ]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert all(f"def {test}(" in tests for test in BUGS)
+    bugs = [f"* {what}: `{test}`" for test, what in BUGS.items()]
     here = ", ".join(f"{key} {value}" for key, value in machine().items())
     cases = sum(attack.cases for attack in everything.values())
     PAGE.write_text(
@@ -155,7 +190,7 @@ def write() -> int:
         "would have crashed, an error has no type of anysize's, a limit of time or memory is not kept, or\n"
         "something is lost, left behind or half written. `make test` runs each with fewer cases.\n\n"
         + "\n".join(sections)
-        + "\n## Found on the way\n\nEach with the attack that fails where it comes back.\n\n"
+        + "\n## Found on the way\n\nEach with the test that fails where it comes back.\n\n"
         + "\n".join(bugs)
         + "\n"
     )

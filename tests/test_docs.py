@@ -255,6 +255,8 @@ def command(where: str, words: list[str]) -> None:
             extras = re.fullmatch(r"(?:anysize|\.)\[(.+)\]", what)
             assert extras, f"{where}: {what}"
             assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"]), where
+        case ["pytest", file]:  # the blocks before it run here
+            assert f"`{file}`" in PAGES[where.partition(":")[0]], where
         case _:
             assert words[0] in OTHER_COMMANDS, f"{where}: nothing checks '{shlex.join(words)}'"
 

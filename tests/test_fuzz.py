@@ -10,6 +10,7 @@ import pickle
 import string
 import time
 import zipfile
+from collections import OrderedDict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,20 @@ def test_headers_of_safetensors(tmp_path: Path, tally: Tally, header: Any, size:
     path.write_bytes((length % 2**64).to_bytes(8, "little") + text + body)
     with tally.case(ModelLoadError):
         load_weights(path)
+
+
+def test_methods_that_a_file_hides(tmp_path: Path) -> None:
+    """Attributes come with mappings and tensors, and those of an instance are found before its methods."""
+    module = SRVGGNetCompact(3, 8, 1, 2)
+    state = OrderedDict(module.state_dict())
+    state.get = state.keys = 5  # type: ignore[method-assign, assignment]
+    for tensor in state.values():
+        tensor.numel = tensor.to = 5  # type: ignore[method-assign, assignment]
+    torch.save(state, tmp_path / "m.pth")
+    loaded = load_weights(tmp_path / "m.pth").module
+    x = torch.rand(1, 3, 8, 12)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), module(x))
 
 
 class Runs:

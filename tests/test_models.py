@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -214,20 +213,6 @@ def test_anything_else_is_refused_with_what_was_found(tmp_path: Path) -> None:
         assert name in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "exploded").exists()
-
-
-def test_methods_that_a_file_hides(tmp_path: Path) -> None:
-    """Attributes come with mappings and tensors, and those of an instance are found before its methods."""
-    module = SRVGGNetCompact(3, 8, 1, 2)
-    state = OrderedDict(module.state_dict())
-    state.get = state.keys = 5  # type: ignore[method-assign, assignment]
-    for tensor in state.values():
-        tensor.numel = tensor.to = 5  # type: ignore[method-assign, assignment]
-    torch.save(state, tmp_path / "m.pth")
-    loaded = load_weights(tmp_path / "m.pth").module
-    x = torch.rand(1, 3, 8, 12)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), module(x))
 
 
 @pytest.mark.parametrize(

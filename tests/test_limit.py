@@ -23,7 +23,7 @@ GRAPH_ENGINES = [e for e in ENGINES if e != "torch"]
 
 #: leaves some runs that would take a second or more, one after the other, and ends with code 7
 LEAVES = """
-import sys, threading, time
+import sys, time
 import anysize, numpy
 session = anysize.load("default", backend=sys.argv[1])
 session(numpy.zeros((1, 3, 64, 64), numpy.float32))

@@ -87,14 +87,38 @@ BUGS = {
     "test_a_process_ends_with_its_own_code_though_a_run_goes_on": (
         "a process that left a run at its limit aborted as it ended (SIGABRT), by way of the engine's C++"
     ),
+    "test_an_interrupt_costs_no_shape": (
+        "Ctrl-C while a program was compiled, or made room for another: its shape was waited for without end "
+        "ever after, or another thread's picture ended with that Ctrl-C"
+    ),
+    "test_where_no_thread_can_be_started_the_next_run_is_right": (
+        "where a limit of time found no thread: a `RuntimeError`, and the shape was waited for without end"
+    ),
+    "test_a_fork_of_a_moment_when_nobody_is_said_to_have_the_turn": (
+        "one of a hundred forks of a busy program waited for ever for `Isolated`"
+    ),
+    "test_no_file_that_can_be_opened_costs_no_picture": (
+        "`Isolated` in a program that had no file left to open: an `OSError`"
+    ),
+    "test_places_that_are_no_text": "a `Path` in `sys.path` kept the process of `Isolated` from starting",
+    "test_what_cannot_be_known_of_another_process": (
+        "`Isolated` in an embedded Python, or in a folder that is gone: errors without a type of ours"
+    ),
     "test_planning_has_a_limit": "how to run a picture was planned beyond its time limit",
     "test_a_search_for_an_operator_has_a_limit": "`bisect` knew no time limit",
     "test_tuning_has_a_limit_in_all_its_threads": "the threads of `tune` knew no time limit",
     "test_a_limit_is_no_finding_of_a_comparison": "`compare` took the limit's end for an engine's fault",
     "test_keys_and_shapes_of_weights": "a key of weights such as `body.07.weight` was a `KeyError`",
     "test_weights_that_claim_a_larger_model": (
-        "weights of kilobytes took gigabytes, by tensors that repeat one value and numbers of blocks in keys"
+        "weights of kilobytes took gigabytes, by tensors that repeat one value, numbers of blocks in keys "
+        "and sizes that tables are computed from"
     ),
+    "test_pickles_that_take_more_than_their_size": (
+        "450 bytes of weights took 6.4 GB by a byte array; tuples as keys were hashed for hours, or raised "
+        "a `RecursionError`"
+    ),
+    "test_a_gif_holds_what_its_header_claims": "a GIF of 35 bytes was a picture of 484 megapixels",
+    "test_texts_of_a_png_fill_no_memory": "compressed texts in a PNG of 2.3 MB took 2.3 GB",
     "test_methods_that_a_file_hides": "weights in a mapping whose `get` is data were a `TypeError`",
     "test_a_jpeg_holds_what_its_header_claims": "a progressive JPEG of 693 bytes took 2.8 GB",
     "test_damaged_json_is_a_load_error": "a contract of an endless range: an `OverflowError` in a run",
@@ -102,7 +126,9 @@ BUGS = {
     "test_other_loaders_of_libvips_never_see_a_file": (
         "a drawing (SVG) named .png kept libvips busy for minutes before it was refused"
     ),
-    "test_a_pipe_is_not_waited_for": "a pipe named .png in a folder was waited for without end",
+    "test_a_pipe_is_not_waited_for": (
+        "a pipe named .png, or anysize.jsonl, in a folder was waited for without end"
+    ),
     "test_a_contract_that_asks_for_all_memory": "a contract of huge sizes: a `MemoryError`",
     "test_broken_graphs": (
         "of ONNX Runtime and OpenVINO: broken graphs end the process by a signal; an error of `Isolated`"

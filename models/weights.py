@@ -5,22 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import zipfile
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anysize.backends.errors import BackendUnavailableError, ModelLoadError
 from anysize.models.community import installed, recognise
+from anysize.models.untrusted import check_pickles, limited, plain
 
 StateDict = Mapping[str, Any]
-
-#: values that a module may have beyond what its file can hold: buffers that are computed, not kept
-_COMPUTED = 2**24
-#: how deep in wrappers tensors are looked for, here and by spandrel
-_WRAPPED = 4
 
 #: bundled models by name: the stem of their files in this folder
 BUNDLED = {"default": "default"}
@@ -56,13 +50,13 @@ def load_weights(path: Path) -> Weights:
             "them on other engines",
             name="torch",
         ) from error
-    loaded = _plain(_read(path), path)
+    loaded = plain(_read(path), path)
     try:
-        with _limited(path):
+        with limited(path):
             module = _own(loaded, path)
         architecture = type(module).__name__
     except ModelLoadError as error:
-        with _limited(path):
+        with limited(path):
             module = _communitys(loaded, error)
         architecture = module.architecture
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -115,7 +109,7 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
-        _check_archive(path)
+        check_pickles(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise BackendUnavailableError(
@@ -128,80 +122,6 @@ def _read(path: Path) -> Any:
     except Exception as error:  # each reader has its own classes for a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(f"{path}: not a readable weights file: {reason}") from error
-
-
-def _check_archive(path: Path) -> None:
-    """PyTorch's are not compressed, so that one whose parts are larger than it is made to fill memory."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\3\4":
-            return
-        with zipfile.ZipFile(file) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise ValueError("its parts are larger than the file")
-
-
-def _plain(loaded: Any, path: Path) -> Any:
-    """Mappings as dicts, and tensors as dense ones of real numbers without attributes, or a refusal.
-
-    The unpickler makes mappings and tensors whose methods are hidden by data, tensors of many kinds, and
-    tensors of any size by repeating one value; as they are published, no value takes less than a byte.
-    """
-    import torch
-
-    dicts: dict[int, dict[Any, Any]] = {}
-    room = path.stat().st_size
-
-    def plain(value: Any, key: object, depth: int) -> Any:
-        nonlocal room
-        if isinstance(value, torch.Tensor):
-            if (
-                type(value) not in (torch.Tensor, torch.nn.Parameter)
-                or value.layout is not torch.strided
-                or value.device.type != "cpu"
-                or value.is_nested
-                or value.is_quantized
-                or value.dtype.is_complex
-            ):
-                raise ModelLoadError(f"{path}: '{key}' is no dense tensor of real numbers")
-            room -= torch.Tensor.numel(value)
-            if room < 0:
-                raise ModelLoadError(f"{path}: its tensors claim more values than the file has bytes")
-            return torch.Tensor.detach(value)
-        if not isinstance(value, dict) or depth > _WRAPPED:
-            return value
-        if id(value) not in dicts:  # it may hold itself
-            made = dicts[id(value)] = {}
-            for name in value:
-                if not str(name).isprintable():  # it is in messages
-                    raise ModelLoadError(f"{path}: a key that is no name: {ascii(name)[:80]}")
-                made[name] = plain(value[name], name, depth + 1)
-        return dicts[id(value)]
-
-    return plain(loaded, "", 0)
-
-
-def _limited(path: Path) -> AbstractContextManager[None]:
-    """In it this thread makes no module of more values than the file has bytes, or `ModelLoadError`.
-
-    A module is built as large as a few shapes say, before all of them are compared with it.
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
-
-    class Limited(TorchFunctionMode):
-        room = path.stat().st_size + _COMPUTED
-
-        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if function in makers:
-                self.room -= function(*args, **{**kwargs, "device": "meta"}).numel()
-                if self.room < 0:
-                    raise ModelLoadError(f"{path}: says of a larger model than a file of its size can hold")
-            return function(*args, **kwargs)
-
-    return Limited()
 
 
 def _state_dict(loaded: Any, path: Path) -> StateDict:

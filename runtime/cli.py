@@ -103,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
             err.print(text, markup=False, soft_wrap=True)
     if arguments is None and runs_left():  # the process is the command's own, and what hangs may not keep it
         logging.shutdown()
-        with suppress(OSError):  # nobody reads any more
-            sys.stdout.flush()
-            sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):  # nobody reads any more, or ever did
+                stream.flush()
         os._exit(code or OK)
     sys.exit(code or OK)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,8 +23,13 @@ _LOADERS = ("pngload", "jpegload", "webpload", "heifload", "tiffload", "gifload"
 _BEGINNINGS = re.compile(
     rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF.{4}WEBP|.{4}ftyp|II[*+]\0|MM\0[*+]|GIF8[79]a", re.DOTALL
 )
-#: pixels that a byte of a JPEG can stand for: each block of 8 x 8 has a Huffman code, of at least a bit
-_JPEG_PIXELS = 512
+#: pixels that a byte can stand for: each block of 8 x 8 of a JPEG has a Huffman code, of at least a bit, and
+#: each code of a GIF stands for at most 4096 pixels, in 12 bits where they are so many
+_MOST_PIXELS = {"jpegload": 512, "gifload": 4096}
+#: that any file may have: a small frame on a large canvas is a GIF too
+_ANY = 2**24
+#: chunks of compressed text or colour profile of a PNG, each of which libpng makes up to 8 MB of
+_COMPRESSED, _MOST_COMPRESSED = (b"zTXt", b"iTXt", b"iCCP"), 32
 #: suffix -> options of libvips' saver; JPEG at 4:4:4 because chroma was computed at full size
 WRITABLE: dict[str, dict[str, Any]] = {
     ".png": {},
@@ -89,6 +96,9 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
     import pyvips
 
     head = _head(path)
+    chunks = _png_chunks(path) if head.startswith(b"\x89PNG") else Counter[bytes]()
+    if sum(chunks[kind] for kind in _COMPRESSED) > _MOST_COMPRESSED:
+        raise ImageError(f"{path}: not a readable picture: more than {_MOST_COMPRESSED} compressed texts")
     if not _BEGINNINGS.match(head):
         raise ImageError(f"{path}: not a readable picture; {', '.join(READABLE)} are read")
     # libjpeg only warns about damaged data, and fills in; the other readers' warnings are harmless.
@@ -105,13 +115,14 @@ def open_picture_file(path: Path, pixel_limit: int = PIXEL_LIMIT) -> Any:
         raise ImageError(
             f"{path}: {image.width} x {image.height} pixels, more than the limit of {pixel_limit}"
         )
-    # a progressive one takes six bytes of memory per pixel of its header before its data is looked at
-    if loader == "jpegload" and image.width * image.height > _JPEG_PIXELS * path.stat().st_size:
+    # memory for all pixels of a header may be taken, or even given, before its data is looked at
+    if image.width * image.height > max(_ANY, _MOST_PIXELS.get(loader, math.inf) * path.stat().st_size):
         raise ImageError(
-            f"{path}: damaged picture: too few bytes for {image.width} x {image.height} pixels of JPEG"
+            f"{path}: damaged picture: too few bytes for {image.width} x {image.height} pixels of "
+            f"{loader.removesuffix('load').upper()}"
         )
     pages = image.get("n-pages") if image.get_typeof("n-pages") else 1
-    animated = head.startswith(b"\x89PNG") and _is_animated(path)
+    animated = b"acTL" in chunks
     if pages > 1 or animated:
         count = "several" if animated else pages
         raise ImageError(f"{path}: has {count} pages or frames; only single pictures are supported")
@@ -162,15 +173,15 @@ def _head(path: Path) -> bytes:
     return head
 
 
-def _is_animated(path: Path) -> bool:
-    """Whether a PNG has an animation's chunk before its pixels."""
+def _png_chunks(path: Path) -> Counter[bytes]:
+    """How many of each kind a PNG has."""
+    found = Counter[bytes]()
     with path.open("rb") as file:
         file.seek(8)
-        while len(chunk := file.read(8)) == 8 and chunk[4:] != b"IDAT":
-            if chunk[4:] == b"acTL":
-                return True
+        while len(chunk := file.read(8)) == 8 and not found[b"IEND"]:
+            found[chunk[4:]] += 1
             file.seek(int.from_bytes(chunk[:4], "big") + 4, os.SEEK_CUR)
-    return False
+    return found
 
 
 def _as_rgb_or_grey(image: Any, path: Path) -> Any:

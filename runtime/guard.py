@@ -68,8 +68,12 @@ class Stats:
 class _Program:
     """An executable with a count of its users, so that it is closed once and never under a run."""
 
-    def __init__(self) -> None:
-        self.ready: Future[Executable] = Future()
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        #: who compiles it has this turn, and leaves what came of it in `ready`
+        self.turn, self.ready = threading.Lock(), Future[Executable]()
+        #: the thread that compiles it for those who have a limit of time
+        self.compiling: Future[None] | None = None
         self.users = 0
         self.retired = False
         self.hangs = False
@@ -105,7 +109,7 @@ class ShapeGuard:
         """A snapshot."""
         with self._lock:
             copy = Stats(**self._stats.__dict__)
-            copy.live = len(self._programs)
+            copy.live = sum(program.ready.done() for program in self._programs.values())
             return copy
 
     def run(self, feeds: Feeds, *, finite: bool, streams: int = 1) -> dict[str, Array]:
@@ -126,7 +130,7 @@ class ShapeGuard:
         program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
-                executable = wait_for(program.ready, _COMPILING)
+                executable = self._executable(program)
                 started = time.perf_counter()
                 with span("run", backend=self.backend.name, shapes=shapes):
                     outputs = in_time(partial(executable.run, feeds), _RUNNING)
@@ -179,7 +183,7 @@ class ShapeGuard:
         program = self._acquire((tuple(sorted(shapes.items())), streams))
         try:
             with self._watched(program, shapes):
-                executable = wait_for(program.ready, _COMPILING)
+                executable = self._executable(program)
                 inner = in_time(partial(executable.sequence, self.model.states, states), _RUNNING)
         except BaseException:
             self._release(program)
@@ -248,15 +252,15 @@ class ShapeGuard:
         return open_key
 
     def _acquire(self, key: Key) -> _Program:
+        """The program for it, compiled or not."""
         retired = []
         with self._lock:
             if self._closed:
                 raise OptionError("this session is closed")
             key = self._choose(key)
             program = self._programs.get(key)
-            mine = program is None
             if program is None:
-                program = self._programs[key] = _Program()
+                program = self._programs[key] = _Program(key)
                 while len(self._programs) > self.max_live:
                     # a program for any shape goes last
                     oldest = min((k for k in self._programs if k != key), key=lambda k: k[0] is None)
@@ -268,14 +272,31 @@ class ShapeGuard:
             program.users += 1
         for old in retired:
             self._retire(old)
-        if mine and limited():
-            in_a_thread(partial(self._compile, key, program))
-        elif mine:
-            self._compile(key, program)
         return program
 
-    def _compile(self, key: Key, program: _Program) -> None:
-        """Compile into `program`; others that want the same shape wait for it. A failure is everyone's."""
+    def _executable(self, program: _Program) -> Executable:
+        """Compiled by who comes first; others wait, and have what came of it, also an error.
+
+        An exception that breaks in, such as Ctrl-C's, is of its thread alone: another one compiles.
+        """
+        if not (limited() or program.ready.done()):
+            self._compile(program)
+        if not program.ready.done():
+            with self._lock:
+                program.compiling = program.compiling or in_a_thread(partial(self._compile, program))
+            wait_for(program.compiling, _COMPILING)
+        return program.ready.result()
+
+    def _compile(self, program: _Program) -> None:
+        with program.turn:
+            if not program.ready.done():
+                try:
+                    program.ready.set_result(self._compiled(program.key))
+                except Exception as error:
+                    self._drop(program)
+                    program.ready.set_exception(error)
+
+    def _compiled(self, key: Key) -> Executable:
         started = time.perf_counter()
         shapes = None if key[0] is None else dict(key[0])
         try:
@@ -288,33 +309,34 @@ class ShapeGuard:
                     backend=self.backend.name,
                     shape=shapes,
                 )
-        except BaseException as error:
-            with self._lock:
-                if self._programs.get(key) is program:
-                    del self._programs[key]
-            wrapped: BaseException = error
-            if isinstance(error, Exception) and not isinstance(error, AnysizeError):
-                wrapped = ExecutionError(
-                    f"the engine cannot compile this model: {_first_line(error)}",
-                    backend=self.backend.name,
-                    shape=shapes,
-                )
-                wrapped.__cause__ = error
-            program.ready.set_exception(wrapped)
-            return
+        except AnysizeError:
+            raise
+        except Exception as error:
+            raise ExecutionError(
+                f"the engine cannot compile this model: {_first_line(error)}",
+                backend=self.backend.name,
+                shape=shapes,
+            ) from error
         seconds = time.perf_counter() - started
         with self._lock:
             self._stats.compiles += 1
             self._stats.compile_seconds += seconds
             self._stats.device, self._stats.precision = executable.device, executable.precision
-        program.ready.set_result(executable)
         log.debug("compiled for %s on %s in %.3f s", shapes or "any shape", self.backend.name, seconds)
+        return executable
+
+    def _drop(self, program: _Program) -> bool:
+        """So that the next call gets a fresh one. Whether it was there."""
+        with self._lock:
+            there = self._programs.get(program.key) is program
+            if there:
+                del self._programs[program.key]
+            return there
 
     def _discard(self, program: _Program) -> None:
-        """Drop a program that failed, so that the next call gets a fresh one."""
-        with self._lock:
-            for key in [k for k, p in self._programs.items() if p is program]:
-                del self._programs[key]
+        """Drop a program that failed in a run."""
+        if self._drop(program):
+            with self._lock:
                 self._stats.discarded += 1
         self._retire(program)
 

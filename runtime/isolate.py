@@ -83,17 +83,19 @@ class Isolated(Upscaler):
             raise OptionError("only a model in a file, or one by name, can be opened in another process")
         if not isinstance(backend, str):
             raise OptionError("an engine in another process is given by its name")
+        if not isinstance(verify, bool):
+            raise OptionError(f"verify must be True or False, not {verify!r}")
         self.tiling = as_tiling(tiling)
         settings = asdict(as_options(options))
         if not all(isinstance(picture, (str, os.PathLike)) for picture in settings["calibration"]):
             raise OptionError("calibration pictures of another process are files")
         # a later process may start when the program is in another folder
-        settings["calibration"] = [os.path.abspath(picture) for picture in settings["calibration"]]
+        settings["calibration"] = [_absolute(picture) for picture in settings["calibration"]]
         if settings["cache_dir"]:
-            settings["cache_dir"] = os.path.abspath(settings["cache_dir"])
+            settings["cache_dir"] = _absolute(settings["cache_dir"])
         name = os.fspath(source)
         if name not in BUNDLED and os.path.exists(name):
-            name = os.path.abspath(name)
+            name = _absolute(name)
         limit = parse_bytes(most)
         if limit is not None and limit < _LEAST:
             raise OptionError(f"no engine can be opened in less than {_LEAST // 2**20} MiB, not {most!r}")
@@ -107,9 +109,8 @@ class Isolated(Upscaler):
             "most": limit,
         }
         self._last = threading.local()
-        self._lock = threading.Lock()
-        #: the thread and the process that have the lock
-        self._owner: tuple[int, int] | None = None
+        #: the thread that has the lock, and the process whose lock it is
+        self._lock, self._owner, self._process_id = threading.Lock(), 0, os.getpid()
         self._child: _Child | None = None
         self._closed = False
         self._identity: Any = None
@@ -122,16 +123,24 @@ class Isolated(Upscaler):
         if not (progress is None or callable(progress)):
             raise OptionError(f"progress must be a function, not {type(progress).__name__}")
         stop = as_check(cancel)
-        self._take_turn(stop)
+        me = threading.get_ident()
+        if self._process_id != os.getpid():  # a fork, which lacks the thread that has the lock
+            self._lock, self._owner, self._process_id = threading.Lock(), 0, os.getpid()
+        if self._owner == me:
+            raise OptionError("this upscaler is busy with the picture that this call is made in")
         try:
+            while not self._lock.acquire(timeout=_LOOK):  # another thread's picture
+                _check(stop, "")
+            self._owner = me
             self._open(stop)
             height, width, channels = array.shape
             shape = (*result_size(height, width, outscale, self.scale), channels)
             want = math.prod(shape) * array.dtype.itemsize
             answer, result = self._ask({"outscale": outscale}, array, want, stop, progress)
         finally:
-            self._owner = None
-            self._lock.release()
+            if self._owner == me:
+                self._owner = 0
+                self._lock.release()
         if (result.shape, result.dtype) != (shape, array.dtype):
             raise IntegrityError(
                 "the model's process returned another picture",
@@ -165,17 +174,6 @@ class Isolated(Upscaler):
         self._closed = True
         if (child := self._child) is not None:
             child.kill()
-
-    def _take_turn(self, stop: Callable[[], bool]) -> None:
-        """Acquire the lock, as another thread's picture may have it."""
-        me = (threading.get_ident(), os.getpid())
-        if self._owner == me:
-            raise OptionError("this upscaler is busy with the picture that this call is made in")
-        if self._owner is not None and self._owner[1] != me[1]:  # of a thread that this fork does not have
-            self._lock, self._owner = threading.Lock(), None
-        while not self._lock.acquire(timeout=_LOOK):
-            _check(stop, "")
-        self._owner = me
 
     # -- under the lock, and in the constructor
 
@@ -332,9 +330,18 @@ class _Child:
         return f"signal {-code}"
 
 
+def _absolute(path: Any) -> str:
+    try:
+        return str(os.path.abspath(path))
+    except OSError as error:
+        raise OptionError(f"{path}: the folder that it is relative to is gone") from error
+
+
 def _command() -> list[str]:
     """The process finds modules where this one does, except in the folder that it happens to be in."""
-    places = [place for place in sys.path if place]
+    if not sys.executable:
+        raise ExecutionError("where Python is not a program of its own, no other can be started", backend="")
+    places = [place for place in sys.path if isinstance(place, str) and place]  # as Python does
     code = f"import sys; sys.path[:] = {places!r}; from anysize.isolate_worker import main; main()"
     return [sys.executable, "-P", "-c", code]
 
@@ -345,6 +352,8 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
         return psutil.Process(process.pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:
         return True
+    except OSError:  # no file can be opened, so nobody knows
+        return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

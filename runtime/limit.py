@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, copy_context
 from typing import Any, Protocol, TypeVar
 
-from anysize.backends.errors import OptionError, TimedOut
+from anysize.backends.errors import ExecutionError, OptionError, TimedOut
 
 T = TypeVar("T")
 
@@ -112,7 +112,7 @@ class _Run(threading.Thread):
 
 
 def in_a_thread(function: Callable[[], T]) -> Future[T]:
-    """Call it in a `_Run`."""
+    """Call it in a `_Run`. Raises `ExecutionError` where no thread can be started."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -121,7 +121,11 @@ def in_a_thread(function: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    _Run(target=copy_context().run, args=(run,), name="anysize-limited", daemon=True).start()
+    thread = _Run(target=copy_context().run, args=(run,), name="anysize-limited", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # no memory, or too many of them
+        raise ExecutionError(f"no thread can be started: {error}", backend="") from error
     return future
 
 
@@ -144,4 +148,5 @@ def _end_runs() -> None:
             ctypes.c_ulong(run.ident or 0), ctypes.py_object(SystemExit)
         )
     for run in runs_left():
-        run.join(max(0.0, ends - time.monotonic()))
+        with suppress(RuntimeError):  # its start was interrupted
+            run.join(max(0.0, ends - time.monotonic()))

@@ -77,6 +77,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """
     found: dict[str, dict[str, Any]] = {}
     path = folder / NAME
+    check_is_no_pipe(path)
     try:
         with path.open("rb") as file:
             for number, text in enumerate(file, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -274,5 +275,5 @@ def result_size(height: int, width: int, outscale: float | None, scale: int) -> 
 def check_outscale(outscale: float | None) -> None:
     """Raise `OptionError` unless None or a positive number."""
     number = isinstance(outscale, (int, float)) and not isinstance(outscale, bool)
-    if outscale is not None and not (number and math.isfinite(outscale) and outscale > 0):
+    if outscale is not None and not (number and 0 < outscale <= sys.float_info.max):
         raise OptionError(f"outscale must be a positive number, not {outscale!r}")

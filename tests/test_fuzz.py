@@ -11,6 +11,7 @@ import string
 import sys
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -123,6 +124,46 @@ def test_a_jpeg_holds_what_its_header_claims(
         read_picture(tmp_path / "bomb.jpg")
 
 
+def test_a_gif_holds_what_its_header_claims(tmp_path: Path, little_memory: Callable[[], None]) -> None:
+    """Missing pixels are given as zeros: 35 bytes were a picture of 22000 x 22000, in 3.3 GB."""
+    import pyvips
+
+    small = pyvips.Image.black(16, 16).cast("uchar")
+    data = bytearray(small.gifsave_buffer())
+    data[6:10] = (2000).to_bytes(2, "little") * 2  # a canvas may be larger than what is on it
+    (tmp_path / "canvas.gif").write_bytes(data)
+    at = data.index(b"\x2c\0\0\0\0\x10\0\x10\0") + 5
+    data[6:10] = data[at : at + 4] = (22_000).to_bytes(2, "little") * 2
+    (tmp_path / "bomb.gif").write_bytes(data)
+    pyvips.Image.black(8000, 6000).cast("uchar").gifsave(str(tmp_path / "flat.gif"))
+    assert read_picture(tmp_path / "canvas.gif").array.shape[:2] == (2000, 2000)
+    assert read_picture(tmp_path / "flat.gif").array.shape[:2] == (6000, 8000)
+    little_memory()
+    with pytest.raises(ImageError, match="too few bytes for 22000 x 22000 pixels of GIF"):
+        read_picture(tmp_path / "bomb.gif")
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt"])
+@pytest.mark.parametrize("after", [False, True])
+def test_texts_of_a_png_fill_no_memory(
+    tmp_path: Path, kind: str, after: bool, little_memory: Callable[[], None]
+) -> None:
+    """Each compressed text of some kilobytes is made up to 8 MB of: 2.3 MB took 2.3 GB."""
+    import pyvips
+
+    png = pyvips.Image.black(8, 8).cast("uchar").pngsave_buffer()
+    text = zlib.compress(b"A" * 7_900_000)
+    body = kind.encode() + (b"k\0\0" if kind == "zTXt" else b"k\0\1\0\0\0") + text
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    at = png.index(b"IEND" if after else b"IDAT") - 4
+    for count, name in ((2, "text"), (300, "bomb")):
+        (tmp_path / f"{name}.png").write_bytes(png[:at] + chunk * count + png[at:])
+    little_memory()
+    assert read_picture(tmp_path / "text.png").array.shape == (8, 8, 1)
+    with pytest.raises(ImageError, match="compressed texts"):
+        read_picture(tmp_path / "bomb.png")
+
+
 @pytest.fixture(scope="module")
 def weights() -> Samples:
     from safetensors.torch import save
@@ -144,7 +185,7 @@ def test_bytes_of_weights(weights: Samples, tmp_path: Path, tally: Tally, suffix
         load_weights(path)
 
 
-@pytest.mark.parametrize("claims", ["repeated", "blocks", "archive", "spandrel"])
+@pytest.mark.parametrize("claims", ["repeated", "blocks", "archive", "spandrel", "tables"])
 def test_weights_that_claim_a_larger_model(
     tmp_path: Path, claims: str, little_memory: Callable[[], None]
 ) -> None:
@@ -170,6 +211,18 @@ def test_weights_that_claim_a_larger_model(
         state = dict.fromkeys(small.state_dict(), one)
         state["conv_1.sk.weight"] = torch.zeros(2000, 3, 1, 1)
         says = "a larger model than a file of its size can hold"
+    elif claims == "tables":
+        if not community.installed():
+            pytest.skip("needs spandrel")
+        # of SwinIR, whose window is a square of as many places as this; tables have its fourth power
+        block, says = "layers.0.residual_group.blocks.0.", "a larger model than a file of its size can hold"
+        state = {
+            "conv_first.weight": torch.zeros(2, 3, 3, 3),
+            f"{block}norm1.weight": torch.zeros(2),
+            f"{block}mlp.fc1.bias": torch.zeros(2),
+            f"{block}attn.relative_position_index": torch.zeros(128**2),
+            f"{block}attn.relative_position_bias_table": torch.zeros(1, 1),
+        }
     torch.save(state, path)
     if claims == "archive":
         with zipfile.ZipFile(path) as file:
@@ -177,7 +230,37 @@ def test_weights_that_claim_a_larger_model(
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
             for name, part in parts.items():
                 file.writestr(name, part)
-        says = "its parts are larger than the file"
+        says = "its parts are compressed"
+    little_memory()
+    with pytest.raises(ModelLoadError, match=says):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("trick", ["bytes", "tuples", "deep", "tuple"])
+def test_pickles_that_take_more_than_their_size(
+    tmp_path: Path, trick: str, old: bool, little_memory: Callable[[], None]
+) -> None:
+    """450 bytes took 6.4 GB; 1.6 KB would have been hashed for hours; a long name was a `RecursionError`."""
+    if trick == "bytes":
+        made, says = b"c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R", "byte arrays"
+    elif trick == "tuples":  # each holds the one before twice, and is hashed as a key
+        made, says = b")" + b"q\0h\0\x86" * 60, "too many others"
+    elif trick == "deep":
+        made, says = b")" + b"\x85" * 60_000, "too many others"
+    else:
+        made, says = b"K\1\x85", "a key that is no name: a tuple"
+    key, value = (b"X\1\0\0\0k", made) if trick == "bytes" else (made, b"N")
+    file, path = io.BytesIO(), tmp_path / "x.pth"
+    torch.save({"k": 1}, file, _use_new_zipfile_serialization=not old)
+    whole = b"\x80\2}q\1" + key + value + b"s."
+    if old:
+        starts = [at for at in range(len(file.getvalue())) if file.getvalue().startswith(b"\x80\2", at)]
+        path.write_bytes(file.getvalue()[: starts[3]] + whole + file.getvalue()[starts[4] :])
+    else:
+        with zipfile.ZipFile(file) as given, zipfile.ZipFile(path, "w") as changed:
+            for name in given.namelist():
+                changed.writestr(name, whole if name.endswith("data.pkl") else given.read(name))
     little_memory()
     with pytest.raises(ModelLoadError, match=says):
         load_weights(path)
@@ -425,9 +508,14 @@ def test_other_loaders_of_libvips_never_see_a_file(
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    from anysize.manifest import digest
+    from anysize import manifest
 
     os.mkfifo(tmp_path / "x.png")
-    for use in (read_picture, digest):
+    os.mkfifo(tmp_path / manifest.NAME)
+    for use, path in (
+        (read_picture, tmp_path / "x.png"),
+        (manifest.digest, tmp_path / "x.png"),
+        (manifest.read, tmp_path),
+    ):
         with pytest.raises(ImageError, match="not a file"):
-            use(tmp_path / "x.png")
+            use(path)

@@ -11,9 +11,10 @@ import anysize
 import numpy as np
 import pytest
 import torch
-from anysize import ExecutionError, IntegrityError, OptionError, Options, ShapeError
+from anysize import ExecutionError, IntegrityError, OptionError, Options, ShapeError, time_limit
 from anysize.backends import EngineOptions, Executable, Model, get_backend
 from anysize.backends.base import Shapes
+from anysize.guard import ShapeGuard
 from conftest import ToyBox
 from toys import Faulty, NumpyBackend, image_spec, nearest, numpy_session, raises
 
@@ -80,6 +81,43 @@ def test_two_threads_compile_a_new_shape_once() -> None:
         list(pool.map(lambda _: session(x(9, 9)), range(16)))
     assert len(backend.compiled) == 1
     assert session.stats.calls == 16
+
+
+@pytest.mark.parametrize("limit", [None, 60.0])
+@pytest.mark.parametrize("where", ["retire", "compile"])
+def test_an_interrupt_costs_no_shape(
+    monkeypatch: pytest.MonkeyPatch, where: str, limit: float | None
+) -> None:
+    """Ctrl-C in one call: the shape was waited for without end ever after, or others had its exception."""
+    main, compiling = threading.main_thread(), threading.Event()
+
+    def interrupt() -> None:
+        if threading.current_thread() is main:
+            compiling.set()
+            time.sleep(0.2)  # another thread begins to wait for the same program
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    class Interrupted(NumpyBackend):
+        def compile(self, model: Model, shapes: Shapes | None, options: EngineOptions) -> Executable:
+            if where == "compile" and shapes is not None and shapes["x"][2] == 9 and not compiling.is_set():
+                interrupt()
+            return super().compile(model, shapes, options)
+
+    session = numpy_session(nearest(2), image_spec(2), backend=Interrupted(), shapes="static", max_live=1)
+    session(x(5, 5))
+    if where == "retire":
+        monkeypatch.setattr(ShapeGuard, "_retire", lambda *_: interrupt())
+    elif limit:  # there, no exception breaks into the compiling, but into the wait for it
+        monkeypatch.setattr("anysize.guard.wait_for", lambda *_: interrupt())
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: compiling.wait(60) and session(x(9, 9)))
+        with pytest.raises(KeyboardInterrupt), time_limit(limit):
+            session(x(9, 9))
+        with time_limit(60):
+            assert session(x(9, 9)).shape == (1, 3, 18, 18)
+        assert other.result(60).shape == (1, 3, 18, 18)
+    assert session.stats.live == 1
 
 
 def test_programs_are_closed_once_and_never_under_a_run() -> None:

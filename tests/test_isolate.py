@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,8 @@ def test_errors_are_those_of_the_process(
         upscale("no picture")
     with pytest.raises(OptionError):
         upscale(picture(4, 4), outscale=-1)
+    with pytest.raises(OptionError, match="outscale"):
+        upscale(picture(4, 4), outscale=10**400)
     assert upscale._child is child
 
 
@@ -522,6 +525,77 @@ def test_a_fork_has_a_process_of_its_own(
             os._exit(0 if np.array_equal(upscale(x), want) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         np.testing.assert_array_equal(running.result(), want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_a_fork_of_a_moment_when_nobody_is_said_to_have_the_turn(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    """Another thread may have the lock and not have said so yet."""
+    upscale, _ = faulty
+    x = picture(40, 40)
+    want = upscale(x)
+    with upscale._lock:
+        if not (pid := os.fork()):
+            try:
+                with time_limit(60):
+                    os._exit(0 if np.array_equal(upscale(x), want) else 1)
+            finally:
+                os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such limit")
+def test_no_file_that_can_be_opened_costs_no_picture(
+    faulty: tuple[Isolated, Path], picture: Callable[..., np.ndarray]
+) -> None:
+    """Whether the process goes on is looked up in files of the system."""
+    import resource
+
+    upscale, flag = faulty
+    x = picture(40, 40)
+    want = upscale(x)
+    flag.write_text("run time.sleep(0.3)")
+    before, held = resource.getrlimit(resource.RLIMIT_NOFILE), list[int]()
+
+    def use_up(*_: int) -> None:
+        with suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 20, before[1]))
+    try:
+        result = upscale(x, progress=use_up)
+        assert held
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    np.testing.assert_array_equal(result, want)
+
+
+def test_places_that_are_no_text(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python passes over such places of modules."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/somewhere"), b"/else"])
+    Isolated(toybox.file("Nearest")).close()
+
+
+def test_what_cannot_be_known_of_another_process(
+    toybox: ToyBox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = toybox.file("Nearest")
+    with pytest.raises(OptionError, match="verify must be True or False"):
+        Isolated(file, verify=np.bool_(True))  # type: ignore[arg-type]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(gone)
+        gone.rmdir()
+        with pytest.raises(OptionError, match="is relative to is gone"):
+            Isolated(file, options=Options(cache_dir="c"))
+    monkeypatch.setattr(sys, "executable", None)
+    with pytest.raises(ExecutionError, match="no other can be started"):
+        Isolated(file)
 
 
 def test_no_thread_at_all_is_an_error(toybox: ToyBox, monkeypatch: pytest.MonkeyPatch) -> None:

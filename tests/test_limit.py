@@ -13,7 +13,7 @@ from typing import Any
 import anysize
 import numpy as np
 import pytest
-from anysize import Tiling, TimedOut, Upscaler, time_limit
+from anysize import ExecutionError, Tiling, TimedOut, Upscaler, time_limit
 from anysize.backends import get_backend
 from anysize.files import write_picture
 from anysize.tuning import tune
@@ -158,3 +158,41 @@ def test_tuning_has_a_limit_in_all_its_threads(
     with pytest.raises(TimedOut, match="in a run"), time_limit(1):
         tune(session)
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+def test_where_no_thread_can_be_started_the_next_run_is_right(
+    engine: str, toybox: ToyBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit takes a thread; without one, compiling was never done, and waited for without end."""
+
+    def opened() -> Upscaler:
+        return Upscaler(toybox.file("Nearest"), backend=engine, tiling=Tiling("whole"))
+
+    upscale = opened()
+    picture = np.arange(300, dtype=np.uint8).reshape(10, 10, 3)
+    start, failed = threading.Thread.start, 0
+    for allowed in range(20):
+        left = [allowed]
+
+        def refuse(thread: threading.Thread, left: list[int] = left) -> None:
+            if thread.name == "anysize-limited":
+                left[0] -= 1
+                if left[0] < 0:
+                    raise RuntimeError("can't start new thread")
+            start(thread)
+
+        with monkeypatch.context() as patch, time_limit(60):
+            patch.setattr(threading.Thread, "start", refuse)
+            try:
+                upscale(picture)
+                break
+            except ExecutionError:
+                failed += 1
+        if allowed % 2:  # each of the others begins with what the one before left
+            with time_limit(60):
+                np.testing.assert_array_equal(upscale(picture), picture.repeat(2, 0).repeat(2, 1))
+            upscale = opened()
+    assert failed >= 2
+    with time_limit(60):
+        np.testing.assert_array_equal(upscale(picture), picture.repeat(2, 0).repeat(2, 1))

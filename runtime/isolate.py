@@ -109,8 +109,8 @@ class Isolated(Upscaler):
             "most": limit,
         }
         self._last = threading.local()
-        #: the thread that has the lock, and the process whose lock it is
-        self._lock, self._owner, self._process_id = threading.Lock(), 0, os.getpid()
+        #: by process, as a fork lacks the thread that may have the lock
+        self._turns: dict[int, _Turn] = {}
         self._child: _Child | None = None
         self._closed = False
         self._identity: Any = None
@@ -123,24 +123,22 @@ class Isolated(Upscaler):
         if not (progress is None or callable(progress)):
             raise OptionError(f"progress must be a function, not {type(progress).__name__}")
         stop = as_check(cancel)
-        me = threading.get_ident()
-        if self._process_id != os.getpid():  # a fork, which lacks the thread that has the lock
-            self._lock, self._owner, self._process_id = threading.Lock(), 0, os.getpid()
-        if self._owner == me:
+        me, turn = threading.get_ident(), self._turns.setdefault(os.getpid(), _Turn())
+        if turn.owner == me:
             raise OptionError("this upscaler is busy with the picture that this call is made in")
         try:
-            while not self._lock.acquire(timeout=_LOOK):  # another thread's picture
+            while not turn.lock.acquire(timeout=_LOOK):  # another thread's picture
                 _check(stop, "")
-            self._owner = me
+            turn.owner = me
             self._open(stop)
             height, width, channels = array.shape
             shape = (*result_size(height, width, outscale, self.scale), channels)
             want = math.prod(shape) * array.dtype.itemsize
             answer, result = self._ask({"outscale": outscale}, array, want, stop, progress)
         finally:
-            if self._owner == me:
-                self._owner = 0
-                self._lock.release()
+            if turn.owner == me:
+                turn.owner = 0
+                turn.lock.release()
         if (result.shape, result.dtype) != (shape, array.dtype):
             raise IntegrityError(
                 "the model's process returned another picture",
@@ -254,6 +252,13 @@ def _is_identity(value: object) -> bool:
 
 class _EndedError(ExecutionError):
     """The process has ended."""
+
+
+class _Turn:
+    """Who has it makes the one picture at once."""
+
+    def __init__(self) -> None:
+        self.lock, self.owner = threading.Lock(), 0
 
 
 class _Child:

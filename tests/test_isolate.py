@@ -535,7 +535,7 @@ def test_a_fork_of_a_moment_when_nobody_is_said_to_have_the_turn(
     upscale, _ = faulty
     x = picture(40, 40)
     want = upscale(x)
-    with upscale._lock:
+    with upscale._turns[os.getpid()].lock:
         if not (pid := os.fork()):
             try:
                 with time_limit(60):

@@ -231,7 +231,7 @@ def typed_where_it_is_alone(file: Path, engine: str) -> str:
 
 @pytest.mark.parametrize("engine", GRAPHS)
 @given(name=st.sampled_from(NAMES), changes=STRUCTURE | EDITS)
-@cases(60)
+@cases(60, 20_000 // max(1, len(GRAPHS)))
 def test_broken_graphs(
     models: dict[str, bytes], folder: Path, opener: Opener, tally: Tally, engine: str, name: str, changes: Any
 ) -> None:

@@ -42,20 +42,26 @@ _Names = tuple[list[str], list[str]]
 _TYPES = ("f32", "f64", "f16", "i64", "i32", "u8", "i8", "boolean")
 
 
+_importing = threading.Lock()
+
+
 def import_openvino() -> Any:
     """The package, without the event that importing it sends over the network in a process of its own.
 
     It takes its own stub where `openvino_telemetry` is missing. A host that has imported it has decided.
     """
     telemetry = "openvino_telemetry"
-    hide = "openvino" not in sys.modules and telemetry not in sys.modules
-    if hide:
-        sys.modules[telemetry] = None  # type: ignore[assignment]
-    try:
-        import openvino
-    finally:
+    with _importing:
+        hide = "openvino" not in sys.modules and telemetry not in sys.modules
         if hide:
-            del sys.modules[telemetry]
+            sys.modules[telemetry] = None  # type: ignore[assignment]
+        try:
+            import openvino
+        finally:
+            if hide:
+                del sys.modules[telemetry]
+        # makes a table, in which two threads that are there first wait for each other for ever
+        openvino.Type.f32.to_dtype()
     return openvino
 
 

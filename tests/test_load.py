@@ -35,8 +35,33 @@ KINDS = [(3, np.uint8), (4, np.uint8), (1, np.uint16), (3, np.float32)]
 MEMORY = 1.05
 
 
+#: threads that open OpenVINO and do what it does with a new program's ports, at the same moment
+FIRST = """
+import os, sys, threading
+from anysize.backends.openvino import import_openvino
+together, threads = threading.Barrier(8), []
+def port():
+    together.wait()
+    import_openvino().Type.f32.to_dtype()
+sys.setswitchinterval(1e-6)
+for _ in range(8):
+    threads.append(threading.Thread(target=port, daemon=True))
+    threads[-1].start()
+for thread in threads:
+    thread.join(5)
+os._exit(any(thread.is_alive() for thread in threads))
+"""
+
+
 def digest(array: Array) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+@pytest.mark.skipif("openvino" not in ENGINES, reason="a lock of OpenVINO's")
+def test_first_programs_of_threads_do_not_wait_for_each_other() -> None:
+    """In six of ten processes they did, in turns for a table of its and for Python's lock."""
+    for _ in range(5):
+        assert subprocess.run([sys.executable, "-c", FIRST]).returncode == 0
 
 
 def test_eight_threads(

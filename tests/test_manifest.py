@@ -207,6 +207,7 @@ def test_killed_at_any_moment_and_resumed(
         wait = 20 * kill // KILLS
         process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(list(out.glob("[!.]*.png"))) < wait:
+            assert process.poll() is None
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.2 if wait else 2))
         process.send_signal(signal.SIGKILL)

@@ -173,7 +173,7 @@ class Attack:
 def run(part: str) -> None:
     _, files, workers = PARTS[part]
     environment = {**os.environ, "ANYSIZE_NIGHTLY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    options = ["-q", "--show-capture=no", "--timeout=20000", f"-n{workers}", "--dist=loadgroup"]
+    options = ["-q", "--show-capture=no", "--timeout=20000", f"-n{workers}", "--dist=worksteal"]
     options += ["-o", "junit_family=xunit1", f"--junitxml={OUT / part}.xml"]
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True

@@ -190,7 +190,7 @@ def opener() -> Iterator[Opener]:
 PROBED = 20.0
 TOYS = ("Doubling", "Unshuffle", "SqueezeExcite", "Transposed")
 #: few without a contract: each takes seconds
-NAMES = [*TOYS * 5, *(f"{name}, foreign" for name in TOYS)]
+NAMES = [*TOYS * 20, *(f"{name}, foreign" for name in TOYS)]
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
-from anysize.backends.base import Backend
+from anysize.backends.base import Backend, EngineOptions
 from anysize.backends.errors import BackendNotFoundError, BackendUnavailableError
 
 ENTRY_POINT_GROUP = "anysize.backends"
@@ -80,6 +81,16 @@ def available_backends() -> list[str]:
     return [info.name for info in describe_backends() if info.problem is None]
 
 
+def _precisions(backend: Backend) -> tuple[str, ...]:
+    """Those that this processor runs."""
+    able = []
+    for precision in backend.precisions:
+        with suppress(Exception):  # a plugin may refuse in its own way
+            backend.check(EngineOptions(precision))
+            able.append(precision)
+    return tuple(able)
+
+
 def describe_backends() -> list[BackendInfo]:
     """Every registered backend, working or not. Imports all installed engines."""
     found = []
@@ -91,7 +102,7 @@ def describe_backends() -> list[BackendInfo]:
         else:
             found.append(
                 BackendInfo(
-                    name, backend.version, backend.formats, backend.precisions, install_line(name), None
+                    name, backend.version, backend.formats, _precisions(backend), install_line(name), None
                 )
             )
     return found

@@ -107,6 +107,9 @@ BUGS = {
     "test_what_cannot_be_known_of_another_process": (
         "`Isolated` in an embedded Python, or in a folder that is gone: errors without a type of ours"
     ),
+    "test_what_was_not_verified_is_done_again_where_that_is_asked_for": (
+        "`--resume --verify` kept what had not been verified"
+    ),
     "test_planning_has_a_limit": "how to run a picture was planned beyond its time limit",
     "test_a_search_for_an_operator_has_a_limit": "`bisect` knew no time limit",
     "test_tuning_has_a_limit_in_all_its_threads": "the threads of `tune` knew no time limit",
@@ -138,7 +141,8 @@ BUGS = {
     ),
     "test_broken_nets": "of ncnn: a border of 100,000 pixels keeps it for ever; `Isolated` ends it",
     "test_a_graph_of_a_version_far_ahead": (
-        "of OpenVINO: it counts up to an operator set's version, for ever; `Isolated` ends it"
+        "of OpenVINO: it counts up to an operator set's version, for ever; `Isolated` ends it, but "
+        "`--timeout` did not count while a model was opened"
     ),
 }
 

@@ -185,7 +185,8 @@ def open_manifest(folder: Path, upscaler: Upscaler, outscale: float | None, resu
         if resume:
             raise
         identity = (secrets.token_hex(),)  # of no other run
-    return Manifest(folder, (*identity, repr(upscaler.tiling), repr(float(outscale or upscaler.scale))))
+    settings = (*identity, repr(upscaler.tiling), repr(float(outscale or upscaler.scale)))
+    return Manifest(folder, settings, upscaler.verify)
 
 
 def run_jobs(
@@ -213,6 +214,7 @@ def run_jobs(
 
     def do(job: Job) -> tuple[Report, AnysizeError | None]:
         error: AnysizeError
+        started = time.perf_counter()
         try:
             if holders[job.dst] is not job:
                 raise ImageError(f"{job.dst}: is taken by the result of {holders[job.dst].src} in this run")
@@ -231,7 +233,8 @@ def run_jobs(
         except (OSError, MemoryError) as caught:
             error = ImageError(f"{job.src}: {caught or type(caught).__name__}")
             error.__cause__ = caught
-        failed = Report(status="failed", error=str(error), input=str(job.src))
+        seconds = time.perf_counter() - started
+        failed = Report(status="failed", error=str(error), input=str(job.src), seconds=seconds)
         if manifest is not None:
             with suppress(ImageError):  # which the caller gets to know anyhow, of this picture
                 manifest.add(failed)

@@ -116,10 +116,11 @@ def _code(error: AnysizeError) -> int:
     return FAILED if isinstance(error, _FAULTS) else USAGE
 
 
-def _complain(error: Exception, debug: bool) -> None:
+def _complain(error: Exception, debug: bool, about: str = "") -> None:
     if debug:
         err.print_exception()
-    err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+    about = "" if str(error).startswith(about) else about
+    err.print(f"error: {about}{error}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -140,7 +141,9 @@ def upscale(
     outscale: Annotated[float | None, typer.Option(help="Resize the result to this scale.")] = None,
     memory: Annotated[str | None, typer.Option(help="The most to hold in memory, such as 2GiB.")] = None,
     verify: Annotated[bool, typer.Option(help="Compute some places of each picture twice.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="The most seconds for a picture.")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="The most seconds for each picture, and to open the model.")
+    ] = None,
     isolate: Annotated[bool, typer.Option(help="Run the model in a process of its own.")] = False,
     resume: Annotated[bool, typer.Option(help="Leave results that an earlier run finished.")] = False,
     as_json: AsJson = False,
@@ -149,7 +152,7 @@ def upscale(
     """Upscale pictures. A folder's results are named {stem}_x{scale}.png, and listed in its anysize.jsonl."""
     from anysize.batch import open_manifest, plan_jobs, run_jobs
     from anysize.isolate import Isolated
-    from anysize.limit import check_seconds
+    from anysize.limit import check_seconds, time_limit
     from anysize.session import Options
     from anysize.tiling import Tiling
     from anysize.upscale import Upscaler, check_outscale
@@ -164,9 +167,10 @@ def upscale(
         raise ImageError(f"{inputs[0]}: no such file")
     options = Options(device=device, threads=threads, calibration=tuple(calibration or ()))
     kind = Isolated if isolate else Upscaler
-    upscaler = kind(
-        model, backend=backend, precision=precision, tiling=tiling, options=options, verify=verify
-    )
+    with time_limit(timeout):
+        upscaler = kind(
+            model, backend=backend, precision=precision, tiling=tiling, options=options, verify=verify
+        )
     jobs = plan_jobs(inputs, output, outscale or upscaler.scale)
     single = len(jobs) == 1 and jobs[0].dst == output
     if resume and single:
@@ -202,7 +206,7 @@ def upscale(
                 print(json.dumps(report.to_dict()), flush=True)  # noqa: T201
             if error is not None:
                 failures.append(error)
-                _complain(error, debug)
+                _complain(error, debug, "" if single else f"{report.input}: ")
             elif not as_json:
                 text = f"{report.input} -> {report.output}: {report.reason}"
                 text = text if report.status == "kept" else _summary(report, method)
@@ -256,7 +260,8 @@ def _summary(report: Any, asked: str) -> str:
         how += f", not exact: error up to {report.max_error * 255:.2f}/255 measured"
     why = f" ({report.precision_reason})" if report.precision_reason else ""
     if report.verified:
-        why += f", verified in {report.verified} places in {report.verify_seconds:.2f} s"
+        places = f"{report.verified} place{'s' * (report.verified > 1)}"
+        why += f", verified in {places} in {report.verify_seconds:.2f} s"
     return (
         f"{report.input} -> {report.output}: {report.width} x {report.height} (x{report.scale:g}), "
         f"{report.backend} {report.precision} on {report.device}, {how}, {report.seconds:.2f} s{why}"

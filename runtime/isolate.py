@@ -85,7 +85,7 @@ class Isolated(Upscaler):
             raise OptionError("an engine in another process is given by its name")
         if not isinstance(verify, bool):
             raise OptionError(f"verify must be True or False, not {verify!r}")
-        self.tiling = as_tiling(tiling)
+        self.tiling, self.verify = as_tiling(tiling), verify
         settings = asdict(as_options(options))
         if not all(isinstance(picture, (str, os.PathLike)) for picture in settings["calibration"]):
             raise OptionError("calibration pictures of another process are files")
@@ -312,7 +312,7 @@ class _Child:
         """The next message. Raises `Cancelled`, `TimedOut` and `_EndedError`."""
         looks = 0
         while True:
-            _check(stop, ", and its process ended")
+            _check(stop, ", and the model's process was ended")
             left = seconds_left()
             try:
                 found = self._messages.get(timeout=_LOOK if left is None else max(0.0, min(_LOOK, left)))

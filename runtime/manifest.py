@@ -29,8 +29,9 @@ class Manifest:
     are written with it: where all fails, nothing is.
     """
 
-    def __init__(self, folder: Path, settings: Iterable[str]) -> None:
-        self._path, self._lock = folder / NAME, threading.Lock()
+    def __init__(self, folder: Path, settings: Iterable[str], verified: bool = False) -> None:
+        """`verified`: only results that were computed twice, in places, are finished."""
+        self._path, self._lock, self._verified = folder / NAME, threading.Lock(), verified
         self._waiting: list[bytes] = []
         self._settings = hashlib.sha256("\0".join(settings).encode()).hexdigest()
         self._last = read(folder)
@@ -41,7 +42,7 @@ class Manifest:
         same = line.get("status") == "ok" and line.get("settings") == self._settings
         if not (same and dst.is_file() and line.get("sha256") == digest(dst)):
             return None
-        if line.get("source_sha256") != digest(src):
+        if line.get("source_sha256") != digest(src) or (self._verified and not line.get("verified")):
             return None
         return Report("kept", input=str(src), output=str(dst), reason="done before, with the same settings")
 

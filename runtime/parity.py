@@ -14,7 +14,7 @@ from anysize.backends.base import Array
 from anysize.backends.errors import AnysizeError, ExportError, ModelLoadError, OptionError, TimedOut
 from anysize.exporters.exporting import random_feeds, verification_sizes
 from anysize.session import Session, load
-from anysize.sources import Source
+from anysize.sources import Source, takers
 
 #: whose results the others are held against: the first that takes the source
 _REFERENCES = ("torch", "onnxruntime", "openvino")
@@ -121,7 +121,7 @@ def compare(
     check_atol(atol)
     if precision not in ("f32", "bf16"):
         raise OptionError(f"parity compares engines in f32 or bf16, not in {precision}")
-    wanted = list(backends) if backends is not None else available_backends()
+    wanted = list(backends) if backends is not None else takers(source) or available_backends()
     if not wanted:
         raise OptionError("no backend to compare")
     sessions: dict[str, Session] = {}

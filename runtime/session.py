@@ -218,7 +218,8 @@ def _load(source: Source, backend: str | Backend, precision: str, settings: Opti
         except (BackendUnavailableError, OptionError) as error:
             if i == len(chain) - 1 and not guards:
                 raise
-            skipped.append(f"{engine_name}:{wanted}: {error}")
+            name = engine_name if isinstance(engine_name, str) else engine_name.name
+            skipped.append(f"{name}:{wanted}: {error}")
             log.warning("fallback: %s", skipped[-1])
     session = Session(guards, skipped)
     return tuned(session, settings)

@@ -119,8 +119,16 @@ def located(source: Source) -> Source:
 
 
 def _takes(formats: Collection[str], form: str) -> bool:
-    """Directly, or for modules and bundled models by way of an ONNX file."""
-    return form in formats or (form in ("module", "bundled") and "onnx" in formats)
+    """Directly, for modules by way of an ONNX file; bundled models are there as both."""
+    if form == "bundled":
+        return "module" in formats or "onnx" in formats
+    return form in formats or (form == "module" and "onnx" in formats)
+
+
+def takers(source: Source) -> list[str]:
+    """The engines that work here and take such a source, fastest first. Raises `ModelLoadError`."""
+    form = source_format(source)
+    return [i.name for i in describe_backends() if i.problem is None and _takes(i.formats, form)]
 
 
 def choose_backend(source: Source, backend: str | Backend) -> Backend:
@@ -136,7 +144,7 @@ def choose_backend(source: Source, backend: str | Backend) -> Backend:
             lines = " or ".join(f'pip install "anysize[{name}]"' for name in _TAKERS[form])
             raise BackendUnavailableError(f"no installed engine takes this model; {lines}")
         chosen = chosen_or_none
-    if not _takes(chosen.formats, form) and not (form == "bundled" and "module" in chosen.formats):
+    if not _takes(chosen.formats, form):
         others = [info for info in describe_backends() if info.name != chosen.name]
         # what one that is not installed takes is not known, but for the few of our own
         takers = [

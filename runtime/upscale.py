@@ -74,7 +74,7 @@ class Upscaler:
             raise OptionError(f"verify must be True or False, not {verify!r}")
         #: by session, of which there are two with precision "auto"
         self._verifiers: dict[Session, Verifier] = {}
-        self._verify = verify
+        self.verify = verify
         if verify:
             self._verifier(self.session)
         self._last = threading.local()
@@ -99,8 +99,9 @@ class Upscaler:
         Raises `ImageError`, `OptionError`, `NotStreamable`, `MemoryBudgetError`, `ExecutionError`,
         `IntegrityError`, `Cancelled`.
         """
-        picture = open_picture(image)
-        with span("upscale", picture=picture.array.shape) as note:
+        with span("upscale") as note:
+            picture = open_picture(image)
+            note(picture=picture.array.shape)
             try:
                 result = self._upscale(picture.array, outscale, progress, cancel)
             except MemoryError as error:
@@ -127,7 +128,7 @@ class Upscaler:
         if not native:  # resized, as libvips holds it, and rounded
             held += 3 * dtype.itemsize * math.prod(size) * rows.channels
         work.plan = make_plan(session, self.tiling, *work.padded, held, work.inputs)
-        if self._verify:
+        if self.verify:
             work.verification = self._verifier(session).begin(None)
         result = np.empty(shape, dtype)
         done = False
@@ -146,7 +147,7 @@ class Upscaler:
                 again = Tiling("tile" if session.spec.tileable else "whole", memory=self.tiling.memory)
                 work.plan = make_plan(session, again, *work.padded, held, work.inputs)
         if not done:
-            if self._verify:
+            if self.verify:
                 work.verification = self._verifier(session).begin(work.plan.max_error)
             work.tiles(result)
         if not native:
@@ -179,7 +180,7 @@ class Upscaler:
         if plan is None:
             return None
         work.plan = plan
-        if self._verify:
+        if self.verify:
             work.verification = self._verifier(session).begin(None)
         return self._streamed(work, started, why)
 

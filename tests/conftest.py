@@ -17,7 +17,7 @@ import anysize
 import numpy as np
 import pytest
 import toys
-from anysize.backends import Backend, EngineOptions, Model, ModelSpec, get_backend
+from anysize.backends import Backend, EngineOptions, Model, ModelSpec, describe_backends, get_backend
 from anysize.exporters.exporting import input_templates, private_copy, probe_module, to_onnx
 from anysize.guard import ShapeGuard
 from anysize.session import Session
@@ -26,6 +26,9 @@ from fuzzing import Tally
 ASSETS = Path(__file__).parent.parent.parent / "shared" / "assets"
 #: engines that run any model here; ncnn has its own files only, and the conformance suite
 ENGINES = [name for name in anysize.available_backends() if name != "ncnn"]
+#: engines that run bf16 on this processor
+BF16 = [info.name for info in describe_backends() if "bf16" in info.precisions]
+needs_bf16 = pytest.mark.skipif("openvino" not in BF16, reason="needs openvino and bf16 arithmetic")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from anysize import cli
+from anysize.backends import EngineOptions
 from anysize.files import read_picture
 from conftest import ENGINES, ToyBox
 from PIL import Image
@@ -78,6 +79,12 @@ def test_a_folder_goes_to_a_folder(run: Run, photo: Path, tmp_path: Path) -> Non
     ]
     assert out.count("\n") == 2
     assert "2 of 2 pictures done" in err
+    code, _, err = run("upscale", tmp_path, "-o", tmp_path / "out", "--method", "tile", "--memory", "1KiB")
+    assert code == 1
+    assert {line.split(": ")[1] for line in err.splitlines()[:2]} == {
+        str(photo),
+        str(photo.with_name("other.webp")),
+    }
 
 
 def mistakes(folder: Path) -> list[tuple[list[str], str]]:
@@ -105,7 +112,10 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, *out, "--threads", "0"], "threads must be at least 1"),
         ([ok, *out, "--outscale", "-2"], "outscale must be a positive number, not -2"),
         ([ok, *out, "--model", "nothing"], "nothing: no such model or file; expected default or a"),
-        ([ok, *out, "--model", str(folder / "weights.pth")], "weights.pth: "),
+        (
+            [ok, *out, "--model", str(folder / "weights.pth")],
+            "weights.pth: not a readable weights file: it is",
+        ),
         ([ok, *out, "--model", str(folder / "none.onnx")], "none.onnx: no such file"),
         ([ok, "-o", str(folder / "missing" / "out.png")], "does not exist"),
         ([ok, "-o", "/proc/anysize/out"], "cannot be made"),
@@ -208,6 +218,9 @@ def test_backends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(r["version"] and r["problem"] is None for r in rows if r["name"] in ENGINES)
     from anysize.backends import registry
 
+    for row in rows:
+        for precision in row["precisions"]:
+            registry.get_backend(row["name"]).check(EngineOptions(precision))
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     registry.get_backend.cache_clear()
     try:

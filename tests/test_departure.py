@@ -22,7 +22,7 @@ from anysize.backends.base import Array, Executable, Feeds, Shapes
 from anysize.backends.onnxruntime import OnnxRuntimeBackend
 from anysize.cli import main
 from anysize.exporters import export
-from conftest import ENGINES
+from conftest import BF16, ENGINES
 from onnx import helper
 from torch import nn
 
@@ -338,9 +338,8 @@ def test_what_cannot_be_taken_apart(deep: Path, tmp_path: Path) -> None:
             anysize.bisect(deep, sizes=sizes)  # type: ignore[arg-type]
     with pytest.raises(anysize.OptionError, match="no engine"):
         anysize.bisect(deep, backends=[])
-    assert {row.backend for row in anysize.bisect(deep, precision="bf16", sizes=SIZES[:1]).rows} == {
-        "openvino"
-    }
+    rows = anysize.bisect(deep, precision="bf16", sizes=SIZES[:1]).rows if "openvino" in BF16 else ()
+    assert {row.backend for row in rows} == {"openvino"}.intersection(BF16)
 
 
 def test_the_command(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

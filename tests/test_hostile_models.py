@@ -19,6 +19,7 @@ import onnx
 import pytest
 from anysize import AnysizeError, ModelLoadError, TimedOut, time_limit
 from anysize.backends import get_backend
+from anysize.files import write_picture
 from conftest import ENGINES, ToyBox
 from fuzzing import EDITS, LIMIT, Tally, cases, edited
 from hypothesis import given
@@ -329,6 +330,13 @@ def test_a_graph_of_a_version_far_ahead(models: dict[str, bytes], folder: Path, 
     with pytest.raises((ModelLoadError, TimedOut)), time_limit(3):
         anysize.Isolated(folder / "ahead.onnx", backend=engine)
     assert time.monotonic() - started < 5
+    write_picture(folder / "x.png", np.zeros((9, 9, 3), np.uint8))
+    line = ["upscale", folder / "x.png", "-o", folder / "y.png", "-m", folder / "ahead.onnx", "-b", engine]
+    for more in ([], ["--isolate"]):
+        command = [sys.executable, "-m", "anysize.cli", *line, "--timeout", "3", *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode in (1, 2)
+        assert done.stderr.startswith("error: ")
 
 
 def test_an_engine_that_divides_by_nothing(models: dict[str, bytes], folder: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from anysize.integrations.chainner import BgrUpscaler
 from anysize.integrations.service import Service
-from conftest import ToyBox
+from conftest import ToyBox, needs_bf16
 from PIL import Image
 
 Picture = Callable[..., np.ndarray]
@@ -69,6 +69,7 @@ def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> Non
         assert not len(result) or (0 <= result.min() <= result.max() <= 1)
 
 
+@needs_bf16
 def test_comfyui_takes_the_choices(comfyui: Any, picture: Picture) -> None:
     """In the engine's own precision, by the method that was asked for, and the host's own folder first."""
     for folder in ("anysize", "upscale_models"):
@@ -161,6 +162,7 @@ def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> 
         assert data.scaler.do_upscale(image, data.name).size == (9 * factor, 9 * factor)
 
 
+@needs_bf16
 def test_webui_takes_the_settings(webui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (default,) = webui.scalers()
     monkeypatch.setattr(type(default.scaler), "backend", "openvino")

@@ -76,10 +76,10 @@ def test_a_process_ends_though_a_run_never_does() -> None:
 def test_the_command_ends_with_its_own_code_though_a_run_goes_on(
     tmp_path: Path, backend: str, method: str
 ) -> None:
-    write_picture(tmp_path / "a.png", np.zeros((700, 700, 3), np.uint8))
+    write_picture(tmp_path / "a.png", np.zeros((1400, 1400, 3), np.uint8))
     out = tmp_path / "out.png"
     line = ["upscale", tmp_path / "a.png", "-o", out, "--backend", backend, "--method", method]
-    done, seconds = ended("-m", "anysize.cli", *line, "--timeout", "0.3")
+    done, seconds = ended("-m", "anysize.cli", *line, "--timeout", "1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: the time is up")
     assert not out.exists()

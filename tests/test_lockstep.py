@@ -30,7 +30,7 @@ from anysize.backends import get_backend
 from anysize.exporters import export
 from anysize.lockstep import LockstepRun, LockstepRunner
 from anysize.session import Session
-from conftest import ENGINES, ToyBox
+from conftest import ENGINES, ToyBox, needs_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -438,10 +438,9 @@ def test_stages_are_held_against_the_whole(toybox: ToyBox, monkeypatch: pytest.M
         session.lockstep()
 
 
+@needs_bf16
 def test_a_precision_that_the_engine_cannot_is_refused_before_it_begins(toybox: ToyBox) -> None:
     """OpenVINO has no bf16 where sizes are open; should that change, the result is as near as the whole's."""
-    if "openvino" not in GRAPHS or "bf16" not in get_backend("openvino").precisions:
-        pytest.skip("needs an engine with bf16")
     file = toybox.file("WholePicture")
     picture = np.random.default_rng(0).random((120, 90, 3), np.float32)
     want = Upscaler(file, backend="openvino", tiling=Tiling("whole"))(picture)

@@ -13,12 +13,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from anysize import ImageError, OptionError, Tiling, Upscaler
+from anysize import ImageError, Isolated, OptionError, Tiling, Upscaler
 from anysize.batch import open_manifest, plan_jobs, run_jobs
 from anysize.files import remove_left_behind, replacing, write_picture
 from anysize.manifest import NAME, digest, read
@@ -95,6 +96,16 @@ def test_other_settings_are_another_result(folder: Path, toybox: ToyBox) -> None
     assert run(folder, other, True, outscale=3) == ["ok"] * 5
     assert run(folder, other, True, outscale=2.0) == ["ok"] * 5
     assert run(folder, other, True) == ["kept"] * 5  # twice as large is its own scale
+
+
+def test_what_was_not_verified_is_done_again_where_that_is_asked_for(folder: Path, toybox: ToyBox) -> None:
+    file = toybox.file("Doubling")
+    plain, verified = (Upscaler(file, backend=ENGINES[0], verify=verify) for verify in (False, True))
+    run(folder, plain)
+    assert run(folder, verified, True) == ["ok"] * 5
+    assert run(folder, verified, True) == run(folder, plain, True) == ["kept"] * 5
+    with closing(Isolated(file, backend=ENGINES[0], verify=True)) as alone:
+        assert run(folder, alone, True) == ["kept"] * 5
 
 
 def test_a_model_without_identity_is_not_resumed(folder: Path) -> None:

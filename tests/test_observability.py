@@ -15,7 +15,7 @@ from pathlib import Path
 import anysize
 import numpy as np
 import pytest
-from anysize import ExecutionError, Stats, Tiling, Upscaler
+from anysize import ExecutionError, ImageError, Stats, Tiling, Upscaler
 from anysize.backends import get_backend
 from anysize.files import write_picture
 from conftest import ENGINES, ToyBox
@@ -191,6 +191,11 @@ def test_an_error_is_told(
         (span,) = named(spans, name)
         assert not span.status.is_ok
         assert "planted failure" in str(span.status.description)
+    spans.clear()
+    with pytest.raises(ImageError):
+        upscale(np.zeros((3, 3, 9), np.uint8))
+    (span,) = named(spans, "upscale")
+    assert not span.status.is_ok
 
 
 def test_stages_and_processes_have_spans(spans: InMemorySpanExporter, toybox: ToyBox) -> None:

@@ -24,24 +24,10 @@ from anysize import (
     load,
     upscale_file,
 )
-from anysize.backends import get_backend
 from anysize.bench_worker import picture as photograph
 from anysize.files import read_picture, write_picture
 from anysize.precision import CALIBRATING, CROPS, JUDGING, Precisions, busiest, crops
-from conftest import ENGINES
-
-
-def has_bf16(engine: str) -> bool:
-    try:
-        get_backend(engine).check(anysize.backends.EngineOptions("bf16"))
-    except OptionError:
-        return False
-    return True
-
-
-needs_bf16 = pytest.mark.skipif(
-    "openvino" not in ENGINES or not has_bf16("openvino"), reason="needs openvino and bf16 arithmetic"
-)
+from conftest import ENGINES, needs_bf16
 
 
 def decibels(a: np.ndarray, b: np.ndarray) -> float:

@@ -36,7 +36,7 @@ from anysize.session import Session
 from anysize.stale import RepeatedError
 from anysize.streaming import BandRun, BandRunner
 from anysize.tiling import parse_bytes, spans
-from conftest import ENGINES, ToyBox
+from conftest import ENGINES, ToyBox, needs_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -290,13 +290,10 @@ def test_kinds_of_pictures_in_bands(engine: str, channels: int, dtype: Any, pict
     assert np.abs(got.astype(np.float64) - want.astype(np.float64)).max() <= step
 
 
-@pytest.mark.skipif("openvino" not in ENGINES, reason="needs openvino")
+@needs_bf16
 def test_bands_in_bf16_round_where_the_whole_picture_does(picture: Any) -> None:
     """A state that leaves the first graph in f32 made its rows differ by two steps of 8 bits."""
-    try:
-        session = load("default", backend="openvino", precision="bf16")
-    except OptionError as error:
-        pytest.skip(str(error))
+    session = load("default", backend="openvino", precision="bf16")
     x = picture(75, 40, 3, np.float32)
     bands = Upscaler(session, tiling=Tiling("stream", 8))
     got = bands(x)

@@ -116,7 +116,7 @@ def test_the_command_says_how_much(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as caught:
         main(["upscale", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png"), "--verify"])
     assert caught.value.code == 0
-    assert "verified in 1 places in" in capsys.readouterr().out
+    assert "verified in 1 place in" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not NIGHTLY, reason="a measurement of a minute or two")

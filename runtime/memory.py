@@ -1,6 +1,6 @@
 """Memory: what the machine has left, what this process holds, and what a model takes, measured.
 
-A model is measured in processes of its own, one for each of three sizes: memory that an engine has once taken
+A model is measured in processes of its own, one for each of two sizes: memory that an engine has once taken
 it seldom gives back, so that in one process the second would hide in what is left of the first.
 """
 
@@ -22,11 +22,12 @@ from anysize.guard import ShapeGuard, log
 if TYPE_CHECKING:
     from anysize.session import Session
 
-#: bytes of tensors alive at once, beyond those of the smallest size, that the measured sizes have
-_POINTS = (2**27, 3 * 2**26, 2**29)
-_LARGEST_SIDE = 4096
+#: bytes of tensors alive at once, beyond those of the smallest size, that the two measured sizes have
+_POINTS = (2**27, 2**29)
+#: less keeps the sizes of light models so near each other that how an engine's blocks fit tells the slope
+_LARGEST_SIDE = 8192
 _TIMEOUT = 120.0
-#: the third runs of larger sizes were seen to take 0.94 to 1.20 times what small ones foretell
+#: the third runs of larger sizes were seen to take 0.94 to 1.20 times what two small ones foretell
 _MARGIN = 1.25
 #: times a child runs its size: memory falls to pieces, and the third run was seen to take 10 % more
 _RUNS = 3
@@ -94,7 +95,7 @@ def available(root: Path = Path("/sys/fs/cgroup")) -> int:
 def measure(session: Session) -> Held | None:
     """What the session's first engine takes for its model; None where that cannot be measured, and logged.
 
-    Takes a few seconds, in three processes beside this one.
+    Takes a few seconds, in two processes beside this one.
     """
     guard = session._guards[0]
     points = []
@@ -120,14 +121,13 @@ def measure(session: Session) -> Held | None:
     if len(points) < 2:
         log.warning("the memory that the model takes was not measured: its graph does not tell enough")
         return None
-    (alive, taken), *larger = points
-    # the steepest: of some sizes engines happen to take a third less, as their blocks fit one into another
-    factor = max(0.0, *((took - taken) / (more - alive) for more, took in larger))
+    (alive, taken), (more, took) = points
+    factor = max(0.0, (took - taken) / (more - alive))
     return Held(factor, max(0, round(taken - factor * alive)))
 
 
 def _sizes(session: Session) -> list[tuple[dict[str, int], int]]:
-    """Sizes that differ enough, each with the bytes alive at once; fewer where they cannot be told."""
+    """Two sizes that differ enough, each with the bytes alive at once; fewer where they cannot be told."""
     found: list[tuple[dict[str, int], int]] = []
     side, least = 32, None
     while len(found) < len(_POINTS) and side <= _LARGEST_SIDE:

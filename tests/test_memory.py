@@ -193,7 +193,7 @@ def test_tuning_keeps_it(toybox: ToyBox, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_model_of_small_sizes_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Where sizes do not differ enough, nothing is measured."""
+    """Where two sizes do not differ enough, nothing is measured."""
     session = numpy_session(nearest(1), image_spec(1))
     assert measure(session) is None
     file_session = load("default", backend=GRAPHS[0])

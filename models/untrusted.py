@@ -46,6 +46,14 @@ def check_pickles(path: Path) -> None:
 
 
 def _check_pickle(file: IO[bytes]) -> None:
+    """As `check_pickles`, of one."""
+    try:
+        _follow(file)
+    except IndexError as error:  # it takes more than it has given
+        raise ValueError("it is damaged, or none") from error
+
+
+def _follow(file: IO[bytes]) -> None:
     """Follows the stack, with how many tuples each thing on it is."""
     stack, memo = list[int | None](), dict[Any, int | None]()  # None is a mark
     for code, argument, _ in pickletools.genops(file):

@@ -115,8 +115,6 @@ def _read(path: Path) -> Any:
         raise BackendUnavailableError(
             f'{path.suffix} weights need safetensors: pip install "anysize[torch]"', name="safetensors"
         ) from error
-    except IndexError as error:  # of a pickle that takes more than it has given
-        raise ModelLoadError(f"{path}: not a readable weights file: it is damaged, or none") from error
     except pickle.UnpicklingError as error:
         raise ModelLoadError(
             f"{path}: refused, it is not a plain file of tensors (only tensors are loaded, never code)"

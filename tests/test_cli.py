@@ -164,6 +164,21 @@ def test_debug_shows_the_traceback(run: Run, tmp_path: Path) -> None:
     assert "Traceback" in err
 
 
+def test_debug_does_not_end_a_folder_at_its_first_failure(run: Run, photo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(photo.read_bytes()[:100])
+    (folder / "b.png").write_bytes(photo.read_bytes())
+    code, _, err = run("upscale", folder, "-o", tmp_path / "out", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert f"error: {folder / 'a.png'}" in err
+    assert [f.name for f in sorted((tmp_path / "out").glob("*.png"))] == ["b_x4.png"]
+    code, _, err = run("upscale", folder / "a.png", "-o", tmp_path / "a.png", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+
+
 def test_file_names_with_a_will_of_their_own(photo: Path, tmp_path: Path) -> None:
     for name in ("-dash.png", "ein Bild, größer.png", "[bold]x.png", "a\nb.png"):
         photo.with_name(name).write_bytes(photo.read_bytes())

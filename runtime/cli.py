@@ -54,7 +54,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.traceback import Traceback
 
 #: faults of an engine or a conversion, as opposed to a wrong request
 _FAULTS = (ExecutionError, IntegrityError, ExportError, TimedOut)
@@ -119,6 +118,8 @@ def _code(error: AnysizeError) -> int:
 
 def _complain(error: Exception, debug: bool, about: str = "") -> None:
     if debug:  # of an error that is handled no longer, `print_exception` would know nothing
+        from rich.traceback import Traceback  # brings Pygments
+
         err.print(Traceback.from_exception(type(error), error, error.__traceback__))
     about = "" if str(error).startswith(about) else about
     err.print(f"error: {about}{error}", markup=False, highlight=False, soft_wrap=True)

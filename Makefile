@@ -8,7 +8,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-l
 INSTALL = $(PIP) install --quiet -c constraints.txt --config-settings editable_mode=strict
 
 .PHONY: demo test coverage check dev bench bench-performance bench-streaming bench-styles bench-diffusion
-.PHONY: bench-architectures reliability acceptance docs locked lock audit clean
+.PHONY: bench-architectures reliability acceptance train eval-model docs locked lock audit clean
 
 demo: build/.openvino-$(FILES)
 	$(BIN)/python benchmarks/demo.py out
@@ -58,6 +58,18 @@ reliability: build/.dev-$(FILES)
 # The figures that need ../shared/assets: engines against each other, tiles against the whole.
 acceptance: build/.dev-$(FILES)
 	$(BIN)/python benchmarks/acceptance.py
+
+# The bundled models, from nothing or from where they stopped, then models/ and training/NAME.md; -j2: side by side.
+MODELS = default default-x2
+train: $(MODELS:%=train-%)
+	for name in $(MODELS); do $(BIN)/python -m training.publish $$name || exit 1; done
+
+train-%: build/.dev-$(FILES)
+	$(BIN)/python -m training.train $*
+
+# The bundled models' figures; needs ../shared/assets. Writes docs/bundled-models.md and out/eval-NAME.png.
+eval-model: build/.dev-$(FILES)
+	$(BIN)/python -m training.evaluate
 
 # The setting silences Material's notice of its own end of life.
 docs: build/.docs-$(FILES)

@@ -20,6 +20,7 @@ import folder_paths
 import numpy as np
 from anysize import Cancelled, ImageError, MemoryBudgetError, ModelLoadError, Tiling, Upscaler
 from anysize.backends.registry import known_backends
+from anysize.models import BUNDLED
 from anysize.sources import GRAPHS
 from anysize.tiling import METHODS
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 _OWN, _HOSTS = "anysize", "upscale_models"
-_DEFAULT = "default"
 folder_paths.add_model_folder_path(_OWN, os.path.join(folder_paths.models_dir, _OWN))
 
 
@@ -42,7 +42,7 @@ class AnysizeModelLoader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         own = [n for n in folder_paths.get_filename_list(_OWN) if os.path.splitext(n)[1].lower() in GRAPHS]
-        names = [_DEFAULT, *dict.fromkeys([*folder_paths.get_filename_list(_HOSTS), *own])]
+        names = [*BUNDLED, *dict.fromkeys([*folder_paths.get_filename_list(_HOSTS), *own])]
         return {
             "required": {
                 "model_name": (names,),
@@ -54,7 +54,7 @@ class AnysizeModelLoader:
     def load(self, model_name: str, backend: str, precision: str) -> tuple[Upscaler]:
         """Raises what `anysize.Upscaler` raises."""
         source = model_name
-        if model_name != _DEFAULT:
+        if model_name not in BUNDLED:
             found = (folder_paths.get_full_path(folder, model_name) for folder in (_HOSTS, _OWN))
             source = next(filter(None, found), "")
             if not source:

@@ -6,7 +6,7 @@ A file `extensions/anysize/scripts/anysize_upscaler.py` makes it appear:
 
     UpscalerAnysize.backend = "openvino"
 
-Models are the files in `models/anysize`, and the bundled one. Follows modules/upscaler.py and
+Models are the files in `models/anysize`, and the bundled ones. Follows modules/upscaler.py and
 modules/modelloader.py of both.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import anysize
 from anysize import Cancelled, ModelLoadError
+from anysize.models import BUNDLED
 from anysize.sources import GRAPHS, WEIGHTS
 from modules import shared
 from modules.upscaler import Upscaler, UpscalerData
@@ -39,7 +40,7 @@ class UpscalerAnysize(Upscaler):  # type: ignore[misc]  # the host's, found by i
         for folder in dict.fromkeys(folder.resolve() for folder in folders):
             if folder.is_dir():  # the host catches nothing here
                 files += sorted(p for p in folder.iterdir() if p.suffix.lower() in (*WEIGHTS, *GRAPHS))
-        models = {"default": "default"}
+        models = {name: name for name in BUNDLED}
         for file in files:  # SD.Next has nothing but the name to choose by
             names = (file.stem, file.name, str(file))
             models[next(name for name in names if name not in models)] = str(file)

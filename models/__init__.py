@@ -1,8 +1,9 @@
-"""Architectures, weights files and the bundled model."""
+"""Architectures, weights files and the bundled models."""
 
 from anysize.models.community import described, import_spandrel, is_descriptor
 from anysize.models.diffusion import is_checkpoint, parts, recipes_of
-from anysize.models.weights import BUNDLED, Weights, bundled_file, load_weights
+from anysize.models.registry import BUNDLED, bundled_file
+from anysize.models.weights import Weights, load_weights
 
 __all__ = [
     "BUNDLED",

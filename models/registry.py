@@ -1,8 +1,9 @@
-"""Known weights: what they are, where they are published, and how they come to this machine."""
+"""Bundled models and known weights: what they are, where they are, and how they come to this machine."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -19,9 +20,34 @@ log = logging.getLogger("anysize")
 
 _RELEASES = "https://github.com/xinntao/Real-ESRGAN/releases/download/"
 _CHUNK = 2**18
+_HERE = Path(__file__).parent
 #: seconds without a byte before a server is given up, and tries that brought nothing new
 _TIMEOUT, _TRIES = 30.0, 3
 _PAUSE = 1.0
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """A model of this package, as ONNX and as weights; the digests are sha256 of those files, in hex."""
+
+    name: str
+    architecture: str
+    scale: int
+    licence: str
+    sha256: str
+    weights_sha256: str
+
+
+#: by name; the file is written with the models, by training/publish.py
+BUNDLED = {
+    facts["name"]: Bundled(**facts)
+    for facts in json.loads(_HERE.joinpath("bundled.json").read_text(encoding="utf-8"))
+}
+
+
+def bundled_file(name: str, suffix: str = ".onnx") -> Path:
+    """The file of a bundled model; `suffix` is ".onnx" or ".safetensors"."""
+    return _HERE / (BUNDLED[name].name + suffix)
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ def local(known: Known, *, checked: bool = False) -> Path | None:
 
 
 def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> Path:
-    """Download known weights to `home()`, unless they are there, and return their file.
+    """Download known weights to `home()`, unless they are there, and return their file; or a bundled one's.
 
     `progress`: called with the bytes that are there and those of the whole. A broken download goes on where
     it stopped, in this call or a later one. The file appears under its name only with the right sha256; what
@@ -122,6 +148,8 @@ def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> P
     Raises `OptionError` (unknown name, no folder to write to), `ModelLoadError` (no network, a server's
     error, wrong bytes).
     """
+    if name in BUNDLED:
+        return bundled_file(name)
     if name not in KNOWN:
         raise OptionError(f"{name}: not a known model; known are {', '.join(KNOWN)}")
     known = KNOWN[name]

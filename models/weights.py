@@ -16,14 +16,6 @@ from anysize.models.untrusted import check_pickles, limited, plain
 
 StateDict = Mapping[str, Any]
 
-#: bundled models by name: the stem of their files in this folder
-BUNDLED = {"default": "default"}
-
-
-def bundled_file(name: str, suffix: str) -> Path:
-    """The file of a bundled model; `suffix` is ".onnx" or ".safetensors"."""
-    return Path(__file__).with_name(BUNDLED[name] + suffix)
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -165,23 +165,32 @@ def backends(as_json: AsJson = False, debug: Debug = False) -> int:
 
 
 def models(context: typer.Context, as_json: AsJson = False, debug: Debug = False) -> int:
-    """Show known weights, where they are published, and whether they are here."""
+    """Show bundled models and known weights, where these are published, and whether they are here."""
     from dataclasses import asdict
 
-    from anysize.models.registry import KNOWN, local
+    from anysize.models.registry import BUNDLED, KNOWN, Bundled, Known, bundled_file, local
 
     if context.invoked_subcommand is not None:
         return OK
     if as_json:
+        for bundled in BUNDLED.values():
+            print(json.dumps({**asdict(bundled), "file": str(bundled_file(bundled.name))}))  # noqa: T201
         for known in KNOWN.values():
             file = local(known)
             print(json.dumps({**asdict(known), "file": str(file) if file else None}))  # noqa: T201
         return OK
-    for known in KNOWN.values():
-        here = "here" if local(known) else "not here"
-        facts = f"{known.architecture} x{known.scale}, {known.licence}, {known.size / 1e6:.1f} MB, {here}"
-        for line in (f"{known.name}: {facts}", f"    {known.url}", f"    sha256 {known.sha256}"):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    models: list[Bundled | Known] = [*BUNDLED.values(), *KNOWN.values()]
+    shown = list[str]()
+    for model in models:
+        facts = f"{model.name}: {model.architecture} x{model.scale}, {model.licence}"
+        if isinstance(model, Known):
+            here = "here" if local(model) else "not here"
+            shown += [f"{facts}, {model.size / 1e6:.1f} MB, {here}", f"    {model.url}"]
+        else:
+            shown += [f"{facts}, bundled"]
+        shown += [f"    sha256 {model.sha256}"]
+    for line in shown:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     return OK
 
 

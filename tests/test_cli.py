@@ -111,7 +111,10 @@ def mistakes(folder: Path) -> list[tuple[list[str], str]]:
         ([ok, *out, "--device", "abacus"], "'abacus'"),
         ([ok, *out, "--threads", "0"], "threads must be at least 1"),
         ([ok, *out, "--outscale", "-2"], "outscale must be a positive number, not -2"),
-        ([ok, *out, "--model", "nothing"], "nothing: no such model or file; expected default or a"),
+        (
+            [ok, *out, "--model", "nothing"],
+            "nothing: no such model or file; expected default, default-x2 or a",
+        ),
         (
             [ok, *out, "--model", str(folder / "weights.pth")],
             "weights.pth: not a readable weights file: it is",
@@ -200,10 +203,10 @@ def test_export_and_use(run: Run, photo: Path, tmp_path: Path, suffix: str) -> N
     assert code == 0, err
     data = json.loads(out)
     assert data["verified"] == (["openvino", "onnxruntime"] if suffix == ".onnx" else ["openvino"])
-    assert data["spec"]["radius"] == 12
+    assert data["spec"]["radius"] == 13
     assert run("upscale", photo, "-o", tmp_path / "o.png", "-m", target)[0] == 0
     code, out, _ = run("export", "default", "-o", target)
-    assert "receptive radius 12" in out
+    assert "receptive radius 13" in out
     assert run("export", target, "-o", tmp_path / "again.onnx")[0] == 2
     assert run("export", "default", "-o", tmp_path / "x.pt")[0] == 2
 

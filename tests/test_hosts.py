@@ -20,6 +20,7 @@ import pytest
 import torch
 from anysize.integrations.chainner import BgrUpscaler
 from anysize.integrations.service import Service
+from anysize.models import BUNDLED
 from conftest import ToyBox, needs_bf16
 from PIL import Image
 
@@ -44,7 +45,7 @@ def test_comfyui_upscales(comfyui: Any, toybox: ToyBox, picture: Picture) -> Non
         comfyui.nodes["AnysizeModelLoader"].INPUT_TYPES()["required"][name][0]
         for name in ("model_name", "backend", "precision")
     )
-    assert names == ["default", "net.pth", "nearest.onnx"]
+    assert names == [*BUNDLED, "net.pth", "nearest.onnx"]
     assert {"auto", "openvino", "torch"} <= set(backends)
     assert precisions == ["f32", "auto", "bf16"]
     assert set(comfyui.names) == set(comfyui.nodes)
@@ -127,12 +128,13 @@ def webui(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_webui_upscales(webui: Any, toybox: ToyBox, picture: Picture) -> None:
-    assert [data.name for data in webui.scalers()] == ["anysize default"]
+    bundled = [f"anysize {name}" for name in BUNDLED]
+    assert [data.name for data in webui.scalers()] == bundled
     folder = webui.models / "anysize"
     folder.mkdir()
     (folder / "nearest.onnx").write_bytes(toybox.file("Nearest").read_bytes())
     (folder / "notes.txt").touch()
-    default, nearest = webui.scalers()
+    default, *_, nearest = webui.scalers()
     assert (default.name, nearest.name) == ("anysize default", "anysize nearest")
     image = Image.fromarray(picture(24, 32))
     assert webui.run(default, image, 2).size == (64, 48)
@@ -144,7 +146,7 @@ def test_webui_upscales(webui: Any, toybox: ToyBox, picture: Picture) -> None:
     with pytest.raises(anysize.ModelLoadError, match="no model is called 'other'"):
         nearest.scaler.do_upscale(image, "other")
     for spelled in (str(folder), f"{folder}/", f"{folder}/../anysize"):
-        assert len(webui.scalers(spelled)) == 2  # not twice
+        assert len(webui.scalers(spelled)) == len(bundled) + 1  # not twice
 
 
 def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> None:
@@ -155,7 +157,7 @@ def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> 
         (home / name).write_bytes(toybox.file("Nearest", scale=factor).read_bytes())
     (folder / "m.pth").touch()
     found = {data.name: data for data in webui.scalers(str(other))}
-    assert list(found) == [f"anysize {name}" for name in ("default", "default.onnx", "m", "m.pth", "m.onnx")]
+    assert list(found) == [f"anysize {name}" for name in (*BUNDLED, "default.onnx", "m", "m.pth", "m.onnx")]
     image = Image.new("RGB", (9, 9))
     for name, factor in (("default", 4), ("default.onnx", 3), ("m", 2), ("m.onnx", 3)):
         data = found[f"anysize {name}"]
@@ -164,7 +166,7 @@ def test_webui_models_of_one_name_are_told_apart(webui: Any, toybox: ToyBox) -> 
 
 @needs_bf16
 def test_webui_takes_the_settings(webui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (default,) = webui.scalers()
+    default = webui.scalers()[0]
     monkeypatch.setattr(type(default.scaler), "backend", "openvino")
     monkeypatch.setattr(type(default.scaler), "precision", "bf16")
     session = default.scaler.load_model("default").session

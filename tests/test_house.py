@@ -12,6 +12,7 @@ from pathlib import Path
 
 import anysize
 import pytest
+from anysize.models import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 #: room -> rooms it may import; runtime may import all
@@ -122,7 +123,7 @@ def test_public_names_are_documented(name: str) -> None:
     assert (getattr(anysize, name).__doc__ or "").strip()
 
 
-def test_wheel_holds_all_rooms_and_the_bundled_model(tmp_path: Path) -> None:
+def test_wheel_holds_all_rooms_and_the_bundled_models(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
         check=True,
@@ -133,7 +134,9 @@ def test_wheel_holds_all_rooms_and_the_bundled_model(tmp_path: Path) -> None:
     for room, package in (("runtime", "anysize"), *((r, f"anysize/{r}") for r in ("integrations", *ALLOWED))):
         for file in (ROOT / room).glob("*.py"):
             assert f"{package}/{file.name}" in names
-    assert {"anysize/py.typed", "anysize/models/default.onnx", "anysize/models/default.safetensors"} <= names
+    assert {"anysize/py.typed", "anysize/models/bundled.json"} <= names
+    for name in BUNDLED:
+        assert {f"anysize/models/{name}{suffix}" for suffix in (".onnx", ".safetensors")} <= names
     assert not [n for n in names if n.split("/")[0] in ("training", "tests", "benchmarks")]
 
 

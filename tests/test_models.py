@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from anysize import BackendUnavailableError, ModelLoadError
-from anysize.models import bundled_file, load_weights
+from anysize.models import BUNDLED, bundled_file, load_weights
 from anysize.models.architectures import RRDBNet, SRVGGNetCompact, space_to_depth
 from conftest import ENGINES
 from safetensors.torch import save_file
@@ -255,10 +256,17 @@ def test_auto_picks_the_fastest_that_takes_it() -> None:
     assert anysize.load(bundled_file("default", ".safetensors"), backend="torch").backend == "torch"
 
 
-def test_bundled_model_is_small_and_the_same_on_all_engines() -> None:
-    assert bundled_file("default", ".onnx").stat().st_size <= 1_500_000
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_models_are_small_and_the_same_on_all_engines(name: str) -> None:
+    digests = {".onnx": BUNDLED[name].sha256, ".safetensors": BUNDLED[name].weights_sha256}
+    for suffix, digest in digests.items():
+        data = bundled_file(name, suffix).read_bytes()
+        assert len(data) <= 1_500_000
+        assert hashlib.sha256(data).hexdigest() == digest
     x = np.random.default_rng(0).random((1, 3, 31, 22), np.float32)
-    results = [anysize.load("default", backend=e)(x) for e in ENGINES]
+    results = [anysize.load(name, backend=e)(x) for e in ENGINES]
+    scale = BUNDLED[name].scale
+    assert results[0].shape == (1, 3, 31 * scale, 22 * scale)
     for result in results[1:]:
         assert np.abs(result - results[0]).max() <= 1e-4
 

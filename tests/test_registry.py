@@ -24,7 +24,7 @@ from anysize import ModelLoadError, OptionError
 from anysize.cli import main
 from anysize.models import registry
 from anysize.models.architectures import SRVGGNetCompact
-from anysize.models.registry import KNOWN, fetch
+from anysize.models.registry import BUNDLED, KNOWN, bundled_file, fetch
 
 NAME = "realesr-animevideov3"
 
@@ -221,7 +221,7 @@ def test_one_that_is_killed_leaves_what_it_has(server: Server, weights: bytes) -
     server.faults = ["slow"]
     code = f"""
 from dataclasses import replace
-from anysize.models.registry import KNOWN, fetch
+from anysize.models.registry import BUNDLED, KNOWN, bundled_file, fetch
 KNOWN[{NAME!r}] = replace(KNOWN[{NAME!r}], url={KNOWN[NAME].url!r}, size={len(weights)})
 fetch({NAME!r}, progress=lambda have, size: print(have, flush=True))
 """
@@ -249,13 +249,18 @@ def test_the_command(server: Server, weights: bytes, capsys: pytest.CaptureFixtu
     code, out, _ = command("--json")
     assert code == 0
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["name"] for row in rows] == list(KNOWN)
-    assert all(row["file"] is None and len(row["sha256"]) == 64 for row in rows)
+    assert [row["name"] for row in rows] == [*BUNDLED, *KNOWN]
+    for row in rows:
+        assert len(row["sha256"]) == 64
+        assert row["file"] == (str(bundled_file(row["name"])) if row["name"] in BUNDLED else None)
     code, out, _ = command("get", NAME)
     assert code == 0
     assert Path(out.strip()).read_bytes() == weights
+    code, out, _ = command("get", "default")
+    assert (code, out.strip()) == (0, str(bundled_file("default")))
     code, out, _ = command()
     assert code == 0
+    assert "default: SRVGGNetCompact x4, Apache-2.0, bundled" in out
     assert f"{NAME}: SRVGGNetCompact x4, BSD-3-Clause, {len(weights) / 1e6:.1f} MB, here" in out
     assert "RealESRGAN_x4plus: RRDBNet x4, BSD-3-Clause, 67.0 MB, not here" in out
     assert "https://" in out

@@ -1,108 +1,293 @@
-"""Train the bundled x4 model on procedural pictures: `python -m training.train`.
+"""Train a bundled model on procedural pictures: `python -m training.train default`.
 
-Writes `models/default.safetensors`; `python -m training.publish` turns that into `models/default.onnx`.
-The reduction is antialiased bicubic, the loss L1, everything seeded. About ten minutes on two cores.
+Data are drawn meanwhile (training/pictures.py) and reduced with antialiased bicubic. Kernels are taught by
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which needs half the steps that Adam
+does here, the rest by Adam. A run that was stopped goes on where it last kept its state, and gives what it
+would have given in one go.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
+import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from anysize.backends import describe_backends
+from anysize.bench import machine
+from anysize.models.architectures import SRVGGNetCompact
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
-from training.deadleaves import picture
+from training.pictures import picture
 
-SCALE = 4
-
-
-def pictures(count: int, size: int, cache: Path) -> Tensor:
-    """`count` pictures as one uint8 NCHW tensor, drawn once and kept in `cache`."""
-    file = cache / f"deadleaves-{count}-{size}.npy"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor() as pool:
-            drawn = list(pool.map(picture, range(count), [size] * count, chunksize=8))
-        np.save(file, (np.stack(drawn) * 255 + 0.5).astype(np.uint8))
-    return torch.from_numpy(np.load(file)).permute(0, 3, 1, 2).contiguous()
+#: where runs keep what they have, a folder each
+STATE = Path(".cache/training")
+#: steps between two states that are kept
+KEPT = 250
+#: seeds that a recipe's own seed has for its pictures
+_SEEDS = 10**8
 
 
-def batch(high: Tensor, size: int, count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Random (low, high) patches, flipped and rotated; low is `size` px, float NCHW in 0..1."""
-    side = size * SCALE
-    patches = []
-    for _ in range(count):
-        i = int(rng.integers(high.shape[0]))
-        y, x = rng.integers(0, high.shape[2] - side + 1, 2)
-        patch = high[i, :, y : y + side, x : x + side]
+@dataclass(frozen=True)
+class Recipe:
+    """All that a model is determined by, but for the versions of what computes it.
+
+    `patch`: side of the reduced patches, in pixels; `batch` of them a step. `pictures` of `size` pixels are
+    at hand at any step, and after `every` steps the oldest gives way to a new one. `rate`: the highest of the
+    learning rates. `luma`: its share of the loss; the rest is that of the colours. `squared`: share of the
+    steps, at the end, whose loss is squared.
+    """
+
+    scale: int
+    features: int = 32
+    convolutions: int = 11
+    steps: int = 10_000
+    batch: int = 16
+    patch: int = 40
+    rate: float = 4e-3
+    luma: float = 0.7
+    squared: float = 0.25
+    pictures: int = 384
+    size: int = 256
+    every: int = 12
+    seed: int = 0
+
+
+RECIPES = {"default": Recipe(scale=4), "default-x2": Recipe(scale=2)}
+
+
+# -- data --------------------------------------------------------------------------------------------------
+
+
+def pictures(recipe: Recipe, start: int) -> Iterator[list[Tensor]]:
+    """The pictures at hand at step `start` and the following, each (3, size, size) uint8.
+
+    Step s has those of the seeds s // every to s // every + pictures, so that a step's do not depend on
+    where the run began.
+    """
+    if start == recipe.steps:
+        return
+    seeds = iter(range(start // recipe.every, 10**9))
+    first = recipe.seed * _SEEDS
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        ordered: deque[Future[Any]] = deque()
+
+        def drawn() -> Tensor:
+            while len(ordered) < 16:
+                ordered.append(pool.submit(picture, first + next(seeds), recipe.size))
+            return torch.from_numpy(ordered.popleft().result()).permute(2, 0, 1)
+
+        try:
+            at_hand = deque((drawn() for _ in range(recipe.pictures)), recipe.pictures)
+            for step in range(start, recipe.steps):
+                if step % recipe.every == 0 and step > start:
+                    at_hand.append(drawn())
+                yield list(at_hand)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def patches(recipe: Recipe, at_hand: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
+    """A step's reduced patches and what they were, NCHW float32 in 0..1; turned, mirrored, recoloured."""
+    rng = np.random.default_rng([recipe.seed, step])
+    side = recipe.patch * recipe.scale
+    cut = []
+    for _ in range(recipe.batch):
+        whole = at_hand[int(rng.integers(len(at_hand)))]
+        y, x = rng.integers(0, recipe.size - side + 1, 2)
+        patch = whole[torch.from_numpy(rng.permutation(3)), y : y + side, x : x + side].float() / 255
+        if rng.random() < 0.04:  # flat: what is nothing must stay nothing, at the borders too
+            colour = torch.from_numpy(rng.random((3, 1, 1), np.float32))
+            patch = (colour.round() if rng.random() < 0.5 else colour).expand_as(patch)
         patch = torch.rot90(patch, int(rng.integers(4)), (1, 2))
-        patches.append(patch.flip(2) if rng.random() < 0.5 else patch)
-    target = torch.stack(patches).float() / 255
-    low = F.interpolate(target, scale_factor=1 / SCALE, mode="bicubic", antialias=True)
-    low = (low.clamp(0, 1) * 255).round() / 255
-    return low, target
+        cut.append(patch.flip(2) if rng.random() < 0.5 else patch)
+    target = torch.stack(cut).contiguous()
+    low = F.interpolate(target, scale_factor=1 / recipe.scale, mode="bicubic", antialias=True)
+    return (low.clamp(0, 1) * 255).round() / 255, target
+
+
+# -- the model ---------------------------------------------------------------------------------------------
+
+
+def network(recipe: Recipe) -> SRVGGNetCompact:
+    """The network untrained: nearly bilinear enlargement, to which its features add little."""
+    net = SRVGGNetCompact(3, recipe.features, recipe.convolutions, recipe.scale)
+    *inner, last = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        for conv in (*inner, last):
+            nn.init.zeros_(conv.bias)
+            nn.init.kaiming_normal_(conv.weight, a=0.25)
+            conv.weight *= 0.1 if conv is last else 0.5
+        for conv in inner:  # what comes in goes on, the picture's three channels untouched
+            conv.weight[:3] = 0
+            for i in range(min(conv.weight.shape[:2])):
+                conv.weight[i, i, 1, 1] += 1.0 if i < 3 else 0.5
+        last.weight[:, :3] += _bilinear(recipe.scale) - _nearest(recipe.scale)
+    return net
+
+
+def _nearest(scale: int) -> Tensor:
+    """The kernel, (3 * scale^2, 3, 3, 3) before a pixel shuffle, of nearest enlargement."""
+    kernel = torch.zeros(3, scale * scale, 3, 3, 3)
+    for c in range(3):
+        kernel[c, :, c, 1, 1] = 1
+    return kernel.flatten(0, 1)
+
+
+def _bilinear(scale: int) -> Tensor:
+    """As `_nearest`, of bilinear enlargement."""
+    at = (torch.arange(scale) + 0.5) / scale - 0.5  # where the new pixels lie from the middle of the old
+    line = torch.stack([(-at).clamp(min=0), 1 - at.abs(), at.clamp(min=0)], 1)  # (scale, 3)
+    plane = torch.einsum("ay,bx->abyx", line, line).flatten(0, 1)
+    kernel = torch.zeros(3, scale * scale, 3, 3, 3)
+    for c in range(3):
+        kernel[c, :, c] = plane
+    return kernel.flatten(0, 1)
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, folder: Path) -> Path:
+    """Train, or go on from the state in `folder`, and return the file of the plain network's weights.
+
+    The folder gets state.pt, log.jsonl (a line each `KEPT` steps: step, PSNR in dB of the steps' patches,
+    seconds of work) and weights.safetensors. Raises `ValueError` where its state is of another recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    net = network(recipe)
+    kernels = [p for p in net.parameters() if p.ndim == 4]
+    matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]  # of the same memory
+    muon = torch.optim.Muon(matrices, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.Adam([p for p in net.parameters() if p.ndim == 1], betas=(0.9, 0.99))
+    average = AveragedModel(net, avg_fn=_average)
+    parts = {"net": net, "average": average, "muon": muon, "adam": adam}
+    done, seconds = 0, 0.0
+    if (folder / "state.pt").exists():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        if state["recipe"] != asdict(recipe):
+            raise ValueError(f"{folder}: its state is of another recipe; remove it to begin again")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        done, seconds = state["step"], state["seconds"]
+    else:
+        (folder / "log.jsonl").unlink(missing_ok=True)
+
+    began, squares = time.monotonic() - seconds, list[float]()
+    for at_hand in pictures(recipe, done):
+        low, target = patches(recipe, at_hand, done)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
+            output = net(low)
+        error = output.float() - target
+        early = done < recipe.steps * (1 - recipe.squared)
+        both = [e.abs().mean() if early else 10 * e.square().mean() for e in (error, luma(error))]
+        loss = (1 - recipe.luma) * both[0] + recipe.luma * both[1]
+        net.zero_grad()
+        loss.backward()
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            assert kernel.grad is not None
+            matrix.grad = kernel.grad.flatten(1)
+        for optimiser in (muon, adam):
+            for group in optimiser.param_groups:
+                group["lr"] = rate(recipe, done)
+            optimiser.step()
+        average.update_parameters(net)
+        squares.append(error.detach().square().mean().item())
+        done += 1
+        if done % KEPT == 0 or done == recipe.steps:
+            seconds = time.monotonic() - began
+            psnr = -10 * math.log10(sum(squares) / len(squares))
+            line = json.dumps({"step": done, "psnr": round(psnr, 3), "seconds": round(seconds)})
+            with (folder / "log.jsonl").open("a") as log:
+                print(line, file=log)
+            print(line, flush=True)
+            squares.clear()
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"recipe": asdict(recipe), "step": done, "seconds": seconds}
+            torch.save(state, folder / "state.part")
+            os.replace(folder / "state.part", folder / "state.pt")
+    weights = folder / "weights.safetensors"
+    save_file({name: value.contiguous() for name, value in average.module.state_dict().items()}, weights)
+    return weights
+
+
+def luma(colours: Tensor) -> Tensor:
+    """(N, 1, H, W) of (N, 3, H, W): BT.601's, to which eyes are keener than to hues."""
+    return (colours * colours.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def _average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
+    """A moving average of the last 500 steps, of fewer at the beginning: smoother weights for free."""
+    return old.lerp(new, max(0.002, 10 / (int(count) + 10)))
+
+
+def rate(recipe: Recipe, step: int) -> float:
+    """The learning rate: a short rise, then half a cosine down to nothing."""
+    return recipe.rate * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
+
+
+def has_bf16() -> bool:
+    """Whether this processor computes in bf16, which training then does."""
+    return any("bf16" in backend.precisions for backend in describe_backends() if backend.name == "torch")
+
+
+def card(name: str, recipe: Recipe, folder: Path) -> str:
+    """What the model is, of what, and how it came about, as Markdown."""
+    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    made = {
+        "command": f"`python -m training.train {name}`",
+        "precision": "bf16" if has_bf16() else "f32",
+        "minutes": round(last["seconds"] / 60),
+        **{key: fact for key, fact in machine().items() if key in ("processor", "python", "torch")},
+        **{name: version(name) for name in ("numpy", "pillow", "matplotlib")},  # draw the pictures
+        **asdict(recipe),
+        "PSNR of the last steps' patches, dB": last["psnr"],
+        "sha256 of the weights": digest,
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in made.items())
+    return f"""# {name}
+
+Enlarges pictures by {recipe.scale}. SRVGGNetCompact of {recipe.features} features and {recipe.convolutions}
+inner convolutions; NCHW RGB in 0..1. Licence: Apache-2.0, that of the project.
+
+* **For** pictures that were reduced cleanly: photographs, drawings, text.
+* **Not for** JPEG's artefacts, noise or blur: it was taught antialiased bicubic reduction alone, and keeps
+  what else is in a picture.
+* **Data**: no one's; drawn by `training/pictures.py` from seeds: dead leaves, line art, textures, and text in
+  DejaVu, STIX and Aileron, which are free fonts.
+* **Figures**: docs/bundled-models.md.
+
+| made by | |
+|---|---|
+{rows}
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=12_000)
-    parser.add_argument("--pictures", type=int, default=700)
-    parser.add_argument("--features", type=int, default=32)
-    parser.add_argument("--convolutions", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("models/default.safetensors"))
-    parser.add_argument("--cache", type=Path, default=Path(".cache/training"))
-    args = parser.parse_args()
-
-    from anysize.models.architectures import SRVGGNetCompact
-
-    torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
-    high = pictures(args.pictures, 256, args.cache)
-    model = SRVGGNetCompact(3, args.features, args.convolutions, SCALE)
-    # Keep the variance through the chain (PReLU starts at slope 0.25); torch's default shrinks it by
-    # 3 per layer. The last layer starts small: training begins near the nearest-neighbour picture.
-    for layer in model.body:
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight, a=0.25)
-            torch.nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-    last = model.body[-1]
-    torch.nn.init.normal_(last.weight, std=1e-2)  # type: ignore[arg-type]
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = {k: v.clone() for k, v in model.state_dict().items()}
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    warmup = 200
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser,
-        lambda s: min(1.0, (s + 1) / warmup) * max(0.005, 0.5 + 0.5 * math.cos(math.pi * s / args.steps)),
-    )
-    started = time.time()
-    for step in range(1, args.steps + 1):
-        low, target = batch(high, 40, 16, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(low.to(memory_format=torch.channels_last))
-        loss = F.l1_loss(output.float(), target)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        with torch.no_grad():  # exponential moving average: smoother weights for free
-            for key, value in model.state_dict().items():
-                average[key].lerp_(value, max(0.001, 10 / (step + 10)))
-        if step % 250 == 0:
-            base = F.l1_loss(F.interpolate(low, scale_factor=SCALE, mode="bicubic").clamp(0, 1), target)
-            seconds = time.time() - started
-            print(f"step {step} loss {loss:.4f} (bicubic {base:.4f}) {seconds:.0f} s", flush=True)
-            save_file({k: v.contiguous() for k, v in average.items()}, args.out)
-    save_file({k: v.contiguous() for k, v in average.items()}, args.out)
+    parser.add_argument("name", choices=RECIPES)
+    name = parser.parse_args().name
+    torch.set_num_threads(1)  # the result is that of any number of cores; several models make use of them
+    recipe, folder = RECIPES[name], STATE / name
+    train(recipe, folder)
+    (folder / "card.md").write_text(card(name, recipe, folder))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The training recipe: pictures by seed, a short run, and going on where one stopped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anysize.models import load_weights
+
+from training import train as training
+from training.pictures import KINDS, picture
+from training.train import RECIPES, Recipe, card, train
+
+SMALL = Recipe(
+    scale=4, features=8, convolutions=2, steps=30, batch=4, patch=12, rate=6e-2, pictures=6, size=64
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_told_by_their_seed(kind: str) -> None:
+    one, again, other = (picture(seed, 48, kind) for seed in (1, 1, 2))
+    assert (one.shape, one.dtype) == ((48, 48, 3), np.uint8)
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_it_begins_as_bilinear_enlargement(scale: int) -> None:
+    torch.manual_seed(0)
+    net = training.network(replace(SMALL, scale=scale))
+    last = net.body[-1].weight
+    added = last.detach().clone()
+    with torch.no_grad():
+        last[:] = 0  # what features add, at random, and little of it
+        last[:, :3] = training._bilinear(scale) - training._nearest(scale)
+        x = torch.rand(1, 3, 16, 16)
+        expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear")
+        inner = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
+        torch.testing.assert_close(net(x)[inner], expected[inner], atol=1e-5, rtol=0)
+        assert (added - last).abs().mean() < 0.05
+
+
+def test_thirty_steps_learn_and_a_stopped_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two goes it gives the same weights as in one; the file is one that every program of them reads."""
+    monkeypatch.setattr(training, "KEPT", 10)
+    whole = train(SMALL, tmp_path / "whole")
+    lines = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    at_hand = [torch.from_numpy(picture(seed, SMALL.size)).permute(2, 0, 1) for seed in range(6)]
+    torch.manual_seed(SMALL.seed)
+    nets = load_weights(whole).module, training.network(SMALL)
+    tried = [training.patches(SMALL, at_hand, step) for step in range(10)]
+    with torch.no_grad():
+        taught, untaught = (sum(float((net(x) - y).square().mean()) for x, y in tried) for net in nets)
+    assert taught < 0.9 * untaught
+
+    real = training.patches
+
+    def stops(recipe: Recipe, at_hand: list[torch.Tensor], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if step == 14:
+            raise KeyboardInterrupt
+        return real(recipe, at_hand, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "patches", stops)
+        with pytest.raises(KeyboardInterrupt):
+            train(SMALL, tmp_path / "parts")
+    assert not (tmp_path / "parts/weights.safetensors").exists()
+    parts = train(SMALL, tmp_path / "parts")
+    assert parts.read_bytes() == whole.read_bytes()
+    monkeypatch.setattr(training, "ProcessPoolExecutor", None)  # one that has ended draws no picture
+    assert train(SMALL, tmp_path / "parts").read_bytes() == whole.read_bytes()
+    assert load_weights(parts).architecture == "SRVGGNetCompact"
+    assert load_weights(parts).sha256 in card("small", SMALL, tmp_path / "parts")
+
+
+def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    short = replace(SMALL, steps=2)
+    train(short, tmp_path)
+    with pytest.raises(ValueError, match="another recipe"):
+        train(replace(short, rate=1e-4), tmp_path)
+
+
+def test_recipes_are_of_their_scales() -> None:
+    assert {name: recipe.scale for name, recipe in RECIPES.items()} == {"default": 4, "default-x2": 2}

@@ -146,13 +146,13 @@ def load(
 
     `source`: path of a .pth, .pt, .ckpt, .safetensors, .onnx or .xml file, a `torch.nn.Module` (one NCHW
     image in; export others; its `value_range` tells its image values where they are not in 0..1), a model
-    that spandrel loaded, or "default", the bundled x4 model. `backend`: a name, a `Backend` instance, or
-    "auto": the fastest installed engine that takes the source; PyTorch, with a note in `stats.fallbacks`,
-    where a module cannot be converted for it. `precision`: "f32" or "bf16"; the engine is told,
-    and asked what it runs; "auto": bf16 where the engine has it and is within 50 dB of f32 on a picture of
-    noise, else f32 (an `Upscaler` asks the picture itself); "int8": on OpenVINO, calibrated on
-    `Options.calibration`, and refused where that is not close enough to f32. `options`: an `Options` or a
-    mapping of its fields.
+    that spandrel loaded, or the name of a bundled one: "default" (x4) or "default-x2". `backend`: a name, a
+    `Backend` instance, or "auto": the fastest installed engine that takes the source; PyTorch, with a note
+    in `stats.fallbacks`, where a module cannot be converted for it. `precision`: "f32" or "bf16"; the
+    engine is told, and asked what it runs; "auto": bf16 where the engine has it and is within 50 dB of f32
+    on a picture of noise, else f32 (an `Upscaler` asks the picture itself); "int8": on OpenVINO, calibrated
+    on `Options.calibration`, and refused where that is not close enough to f32. `options`: an `Options` or
+    a mapping of its fields.
 
     Raises `ModelLoadError`, `BackendNotFoundError`, `BackendUnavailableError`, `OptionError`, `ExportError`,
     and `TimedOut` within a `time_limit`.

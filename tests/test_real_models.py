@@ -118,19 +118,15 @@ def test_r01_real_model_on_openvino_with_interleaved_sizes(
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.usefixtures("assets")
 def test_bundled_models_reach_their_figures(name: str) -> None:
-    """As `make eval-model`, on the first engine; but for what is not reached yet."""
+    """As `make eval-model`, on the first engine."""
     from benchmarks.acceptance import Table
     from training.evaluate import manners, quality
 
     table = Table()
     quality(table, name, ENGINES[0])
     manners(table, name, ENGINES[0])
-    unmet = {row["what"] for row in table.rows if not row["ok"]}
-    assert unmet <= {
-        "default, line art and text: above bicubic, dB",
-        "default: flat greys of 1 x 1, largest difference / 255",
-        "default-x2: flat greys of 1 x 1, largest difference / 255",
-    }
+    assert table.rows
+    assert not [row for row in table.rows if not row["ok"]]
 
 
 @pytest.mark.parametrize("name", ["00017_gray.png", "tree_alpha_16bit.png", "children-alpha.png"])

@@ -80,6 +80,20 @@ def test_thirty_steps_learn_and_a_stopped_run_goes_on(
     assert load_weights(parts).sha256 in card("small", SMALL, tmp_path / "parts")
 
 
+def test_flats_are_flat_and_small() -> None:
+    sizes = set()
+    for step in range(40):
+        small = training.flats(SMALL, step)
+        count, channels, height, width = small.shape
+        assert (count, channels) == (12, 3)
+        assert torch.equal(small, small[..., :1, :1].expand_as(small))
+        assert set(small[:3].unique().tolist()) <= {0, 1}
+        assert torch.equal(small[3:8], small[3:8, :1].expand(-1, 3, -1, -1))
+        sizes |= {height, width}
+    assert min(sizes) == 1
+    assert 16 < max(sizes) <= 31
+
+
 def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
     short = replace(SMALL, steps=2)
     train(short, tmp_path)

@@ -356,7 +356,7 @@ def _cloth(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 #: kinds of pictures, and how many there are of each
-KINDS = {"leaves": (_leaves, 0.54), "lines": (_lines, 0.24), "text": (_text, 0.14), "cloth": (_cloth, 0.08)}
+KINDS = {"leaves": (_leaves, 0.40), "lines": (_lines, 0.34), "text": (_text, 0.18), "cloth": (_cloth, 0.08)}
 
 
 def picture(seed: int, size: int = 256, kind: str | None = None) -> Array:

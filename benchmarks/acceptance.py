@@ -43,14 +43,14 @@ class Table:
         ok = bool(ok)  # numpy's is not JSON's
         row = {"what": what, "figure": figure, "spread": spread, "bound": bound, "how": how, "ok": ok}
         self.rows.append(row)
-        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.3g} ({how} {bound:g})", flush=True)
+        print(f"{'ok  ' if ok else 'FAIL'} {what}: {figure:.4g} ({how} {bound:g})", flush=True)
 
     def markdown(self) -> list[str]:
         lines = ["| what | figure | bound | met |", "|---|---|---|---|"]
         for row in self.rows:
             bound = f"{'<=' if 'at least' not in row['how'] else '>='} {row['bound']:g}"
             lines.append(
-                f"| {row['what']} | {row['figure']:.3g} | {bound} | {'yes' if row['ok'] else 'no'} |"
+                f"| {row['what']} | {row['figure']:.4g} | {bound} | {'yes' if row['ok'] else 'no'} |"
             )
         return lines
 

@@ -120,12 +120,13 @@ def test_r01_real_model_on_openvino_with_interleaved_sizes(
 def test_bundled_models_reach_their_figures(name: str) -> None:
     """As `make eval-model`, on the first engine."""
     from benchmarks.acceptance import Table
-    from training.evaluate import half, manners, quality
+    from training.evaluate import half, manners, quality, work
 
     table = Table()
     quality(table, name, ENGINES[0])
     manners(table, name, ENGINES[0])
     half(table, name, ENGINES[0])
+    work(table, name)
     assert table.rows
     assert not [row for row in table.rows if not row["ok"]]
 

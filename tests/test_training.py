@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from anysize.models import load_weights
 
+from training import publish as publishing
 from training import train as training
 from training.pictures import KINDS, picture
-from training.train import RECIPES, Recipe, card, train
+from training.publish import publish
+from training.train import Recipe, card, train
 
 SMALL = Recipe(
     scale=4, features=8, convolutions=2, steps=30, batch=4, patch=12, rate=6e-2, pictures=6, size=64
@@ -41,7 +49,7 @@ def test_it_begins_as_bilinear_enlargement(scale: int) -> None:
         expected = torch.nn.functional.interpolate(x, scale_factor=scale, mode="bilinear")
         inner = (..., slice(2 * scale, -2 * scale), slice(2 * scale, -2 * scale))
         torch.testing.assert_close(net(x)[inner], expected[inner], atol=1e-5, rtol=0)
-        assert (added - last).abs().mean() < 0.05
+        assert (added - last).abs().max() < 0.1
 
 
 def test_thirty_steps_learn_and_a_stopped_run_goes_on(
@@ -94,12 +102,59 @@ def test_flats_are_flat_and_small() -> None:
     assert 16 < max(sizes) <= 31
 
 
-def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
-    short = replace(SMALL, steps=2)
-    train(short, tmp_path)
-    with pytest.raises(ValueError, match="another recipe"):
-        train(replace(short, rate=1e-4), tmp_path)
+def test_publishing_replaces_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "MODELS", tmp_path)
+    monkeypatch.setattr(publishing, "CARDS", tmp_path)
+    (tmp_path / "bundled.json").write_text("[]")
+    state = tmp_path / "state"
+    train(replace(SMALL, steps=1), state)
+    with pytest.raises(FileNotFoundError, match="card"):
+        publish("default", state)
+    assert {path.name for path in tmp_path.iterdir()} == {"bundled.json", "state"}
+    (state / "card.md").write_text(card("default", SMALL, state))
+    publish("default", state)
+    (facts,) = json.loads((tmp_path / "bundled.json").read_text())
+    files = {"default.onnx": "sha256", "default.safetensors": "weights_sha256"}
+    for file, key in files.items():
+        assert hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() == facts[key]
+    assert facts["weights_sha256"] in (tmp_path / "default.md").read_text()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.*")}
+    assert len(before) == 4
+    monkeypatch.setattr(publishing, "LIMIT", 100)
+    with pytest.raises(SystemExit, match="more than the 100"):
+        publish("default", state)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.*")} == before
 
 
-def test_recipes_are_of_their_scales() -> None:
-    assert {name: recipe.scale for name, recipe in RECIPES.items()} == {"default": 4, "default-x2": 2}
+def test_those_that_draw_end_with_the_one_that_trains(tmp_path: Path) -> None:
+    """Even if it is killed, and can tell them nothing."""
+    code = (
+        "import os, signal\n"
+        "from training.train import pictures, Recipe\n"
+        "if __name__ == '__main__':\n"
+        "    drawing = pictures(Recipe(scale=4, pictures=1, size=32), 0)\n"
+        "    next(drawing)\n"
+        "    import multiprocessing\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    root = Path(training.__file__).parent.parent
+    told = tmp_path / "told"
+    with told.open("w") as file:  # a pipe would be awaited while one of them holds it
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        subprocess.run([sys.executable, script], stdout=file, cwd=root, env=environment)
+    pids = [int(pid) for pid in told.read_text().split()]
+    assert pids
+    deadline = time.monotonic() + 30
+    while any(map(_works, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _works(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE  # one that nobody awaits stays listed
+    except psutil.NoSuchProcess:
+        return False

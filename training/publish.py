@@ -9,31 +9,29 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 from anysize.exporters import export
+from anysize.files import replacing
 from anysize.models import load_weights
 
 from training.train import RECIPES, STATE
 
-ROOT = Path(__file__).parent.parent
-MODELS = ROOT / "models"
+CARDS = Path(__file__).parent
+MODELS = CARDS.parent / "models"
 #: bytes of an .onnx file that the wheel takes
 LIMIT = 1_500_000
 
 
 def publish(name: str, folder: Path) -> None:
-    """Nothing is changed but the working files where the export fails or is too large."""
+    """Nothing but `folder` is changed where a file is missing, the export fails or is too large."""
+    card = (folder / "card.md").read_text()
     weights = load_weights(folder / "weights.safetensors")
     written = export(
         weights.module, folder / f"{name}.onnx", inputs=[("n", 3, "h", "w")], source_sha256=weights.sha256
     )
     if written.stat().st_size > LIMIT:
         raise SystemExit(f"{written} has {written.stat().st_size} bytes, more than the {LIMIT} of the wheel")
-    shutil.copyfile(written, MODELS / written.name)
-    shutil.copyfile(folder / "weights.safetensors", MODELS / f"{name}.safetensors")
-    shutil.copyfile(folder / "card.md", ROOT / "training" / f"{name}.md")
     index = MODELS / "bundled.json"
     known = {facts["name"]: facts for facts in json.loads(index.read_text())}
     known[name] = {
@@ -41,14 +39,19 @@ def publish(name: str, folder: Path) -> None:
         "architecture": weights.architecture,
         "scale": RECIPES[name].scale,
         "licence": "Apache-2.0",
-        "sha256": _sha256(MODELS / f"{name}.onnx"),
-        "weights_sha256": _sha256(MODELS / f"{name}.safetensors"),
+        "sha256": hashlib.sha256(written.read_bytes()).hexdigest(),
+        "weights_sha256": weights.sha256,
     }
-    index.write_text(json.dumps([known[name] for name in sorted(known)], indent=1) + "\n")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    listed = json.dumps([known[name] for name in sorted(known)], indent=1) + "\n"
+    weights_file = (folder / "weights.safetensors").read_bytes()
+    for path, content in (
+        (MODELS / f"{name}.onnx", written.read_bytes()),
+        (MODELS / f"{name}.safetensors", weights_file),
+        (CARDS / f"{name}.md", card.encode()),
+        (index, listed.encode()),
+    ):
+        with replacing(path) as part:
+            part.write_bytes(content)
 
 
 def main() -> None:

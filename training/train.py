@@ -14,13 +14,14 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from anysize.backends import describe_backends
 from anysize.bench import machine
+from anysize.models import load_weights
 from anysize.models.architectures import SRVGGNetCompact
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ def pictures(recipe: Recipe, start: int) -> Iterator[list[Tensor]]:
         return
     seeds = iter(range(start // recipe.every, 10**9))
     first = recipe.seed * _SEEDS
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=_end_with_parent) as pool:
         ordered: deque[Future[Any]] = deque()
 
         def drawn() -> Tensor:
@@ -102,6 +104,18 @@ def pictures(recipe: Recipe, start: int) -> Iterator[list[Tensor]]:
                 yield list(at_hand)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Else those that draw would wait for ever for one that was killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def patches(recipe: Recipe, at_hand: list[Tensor], step: int) -> tuple[Tensor, Tensor]:
@@ -176,8 +190,9 @@ def _bilinear(scale: int) -> Tensor:
 def train(recipe: Recipe, folder: Path) -> Path:
     """Train, or go on from the state in `folder`, and return the file of the plain network's weights.
 
-    The folder gets state.pt, log.jsonl (a line each `KEPT` steps: step, PSNR in dB of the steps' patches,
-    seconds of work) and weights.safetensors. Raises `ValueError` where its state is of another recipe.
+    The folder gets state.pt each `KEPT` steps, log.jsonl (a line each time: step, PSNR in dB of the steps'
+    patches, seconds of work) and, at the end, weights.safetensors. Raises `ValueError` where its state is of
+    another recipe, or of other pictures or versions than are here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -188,21 +203,20 @@ def train(recipe: Recipe, folder: Path) -> Path:
     adam = torch.optim.Adam([p for p in net.parameters() if p.ndim == 1], betas=(0.9, 0.99))
     average = AveragedModel(net, avg_fn=_average)
     parts = {"net": net, "average": average, "muon": muon, "adam": adam}
-    done, seconds = 0, 0.0
+    state: dict[str, Any] = {"of": determined_by(recipe), "step": 0, "log": []}
     if (folder / "state.pt").exists():
         state = torch.load(folder / "state.pt", weights_only=True)
-        if state["recipe"] != asdict(recipe):
+        if state.get("of") != determined_by(recipe):
             raise ValueError(f"{folder}: its state is of another recipe; remove it to begin again")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        done, seconds = state["step"], state["seconds"]
-    else:
-        (folder / "log.jsonl").unlink(missing_ok=True)
+    done = state["step"]
+    seconds = state["log"][-1]["seconds"] if done else 0
 
-    began, squares = time.monotonic() - seconds, list[float]()
+    half, began, squares = has_bf16(), time.monotonic() - seconds, list[float]()
     for at_hand in pictures(recipe, done):
         low, target = patches(recipe, at_hand, done)
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             output = net(low)
         error = output.float() - target
         early = done < recipe.steps * (1 - recipe.squared)
@@ -224,17 +238,17 @@ def train(recipe: Recipe, folder: Path) -> Path:
         squares.append(error.detach().square().mean().item())
         done += 1
         if done % KEPT == 0 or done == recipe.steps:
-            seconds = time.monotonic() - began
             psnr = -10 * math.log10(sum(squares) / len(squares))
-            line = json.dumps({"step": done, "psnr": round(psnr, 3), "seconds": round(seconds)})
-            with (folder / "log.jsonl").open("a") as log:
-                print(line, file=log)
-            print(line, flush=True)
+            seconds = time.monotonic() - began
+            state["log"].append({"step": done, "psnr": round(psnr, 3), "seconds": round(seconds)})
+            print(json.dumps(state["log"][-1]), flush=True)
             squares.clear()
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"recipe": asdict(recipe), "step": done, "seconds": seconds}
+            state |= {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": done, "made on": made_on()}
             torch.save(state, folder / "state.part")
             os.replace(folder / "state.part", folder / "state.pt")
+            lines = (json.dumps(line) + "\n" for line in state["log"])
+            (folder / "log.jsonl").write_text("".join(lines))
     weights = folder / "weights.safetensors"
     save_file({name: value.contiguous() for name, value in average.module.state_dict().items()}, weights)
     return weights
@@ -255,6 +269,24 @@ def rate(recipe: Recipe, step: int) -> float:
     return recipe.rate * min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / recipe.steps))
 
 
+def determined_by(recipe: Recipe) -> dict[str, Any]:
+    """What makes another model where it changes."""
+    drawn_by = Path(__file__).with_name("pictures.py").read_bytes()
+    versions = {name: version(name) for name in ("numpy", "pillow", "matplotlib", "torch")}
+    return {**asdict(recipe), **versions, "sha256 of pictures.py": hashlib.sha256(drawn_by).hexdigest()}
+
+
+def made_on() -> dict[str, Any]:
+    """What a model's last digits and its time depend on."""
+    facts = machine()
+    precision = "bf16" if has_bf16() else "f32"
+    return {
+        "precision": precision,
+        **{key: facts[key] for key in ("processor", "cores", "python")},
+        "threads": torch.get_num_threads(),
+    }
+
+
 def has_bf16() -> bool:
     """Whether this processor computes in bf16, which training then does."""
     return any("bf16" in backend.precisions for backend in describe_backends() if backend.name == "torch")
@@ -262,17 +294,15 @@ def has_bf16() -> bool:
 
 def card(name: str, recipe: Recipe, folder: Path) -> str:
     """What the model is, of what, and how it came about, as Markdown."""
-    last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
-    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    state = torch.load(folder / "state.pt", weights_only=True)
+    last = state["log"][-1]
     made = {
         "command": f"`python -m training.train {name}`",
-        "precision": "bf16" if has_bf16() else "f32",
+        **state["made on"],
         "minutes": round(last["seconds"] / 60),
-        **{key: fact for key, fact in machine().items() if key in ("processor", "python", "torch")},
-        **{name: version(name) for name in ("numpy", "pillow", "matplotlib")},  # draw the pictures
-        **asdict(recipe),
+        **state["of"],
         "PSNR of the last steps' patches, dB": last["psnr"],
-        "sha256 of the weights": digest,
+        "sha256 of the weights": load_weights(folder / "weights.safetensors").sha256,
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in made.items())
     return f"""# {name}

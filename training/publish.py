@@ -27,6 +27,8 @@ def publish(name: str, folder: Path) -> None:
     """Nothing but `folder` is changed where a file is missing, the export fails or is too large."""
     card = (folder / "card.md").read_text()
     weights = load_weights(folder / "weights.safetensors")
+    if weights.sha256 not in card:
+        raise SystemExit(f"{folder}: its card is of other weights; finish the training first")
     written = export(
         weights.module, folder / f"{name}.onnx", inputs=[("n", 3, "h", "w")], source_sha256=weights.sha256
     )

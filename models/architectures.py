@@ -1,11 +1,9 @@
-"""The two Real-ESRGAN generators, with parameter names as in the published weight files, and our own.
+"""The two Real-ESRGAN generators, with parameter names as in the published weight files.
 
-All map NCHW float images in 0..1, `in_channels` deep, to images `scale` times as large.
+Both map NCHW float images in 0..1, `in_channels` deep, to images `scale` times as large.
 Sources: RRDBNet: Wang et al., "ESRGAN", 2018 (arXiv:1809.00219) and "Real-ESRGAN", 2021
 (arXiv:2107.10833, pixel-unshuffle inputs for x1 and x2). SRVGGNetCompact: the Real-ESRGAN release
 notes of v0.2.3 / v0.3.0 (VGG-style, all convolutions at input resolution, pixel-shuffle at the end).
-LumaCompact: that of the bundled models; networks for luma alone, beside interpolated hues, are as old as
-SRCNN (Dong et al. 2014, arXiv:1501.00092).
 """
 
 from __future__ import annotations
@@ -103,14 +101,6 @@ class RRDBNet(nn.Module):
         return x
 
 
-def _chain(channels: int, features: int, convolutions: int, out_channels: int) -> nn.ModuleList:
-    """`convolutions` between the first and the last, with PReLU between all."""
-    body: list[nn.Module] = [_conv(channels, features), nn.PReLU(features)]
-    for _ in range(convolutions):
-        body += [_conv(features, features), nn.PReLU(features)]
-    return nn.ModuleList([*body, _conv(features, out_channels)])
-
-
 class SRVGGNetCompact(nn.Module):
     """A chain of 3x3 convolutions with PReLU, pixel-shuffle, added to the nearest-upsampled input."""
 
@@ -118,7 +108,11 @@ class SRVGGNetCompact(nn.Module):
         super().__init__()
         self.in_channels = channels
         self.scale = scale
-        self.body = _chain(channels, features, convolutions, channels * scale**2)
+        body: list[nn.Module] = [_conv(channels, features), nn.PReLU(features)]
+        for _ in range(convolutions):
+            body += [_conv(features, features), nn.PReLU(features)]
+        body.append(_conv(features, channels * scale**2))
+        self.body = nn.ModuleList(body)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -127,24 +121,4 @@ class SRVGGNetCompact(nn.Module):
         if self.scale == 1:
             return x + y
         base = F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
-        return F.pixel_shuffle(y, self.scale) + base
-
-
-class LumaCompact(nn.Module):
-    """The same chain for one channel of detail, added alike to R, G and B of the bilinearly upsampled input.
-
-    So hues are the interpolation's, and grey stays grey.
-    """
-
-    def __init__(self, features: int = 32, convolutions: int = 12, scale: int = 4) -> None:
-        super().__init__()
-        self.in_channels = 3
-        self.scale = scale
-        self.luma = _chain(3, features, convolutions, scale**2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for layer in self.luma:
-            y = layer(y)
-        base = F.interpolate(x, scale_factor=float(self.scale), mode="bilinear")
         return F.pixel_shuffle(y, self.scale) + base

@@ -126,7 +126,8 @@ def test_bundled_models_reach_their_figures(name: str) -> None:
     quality(table, name, ENGINES[0])
     manners(table, name, ENGINES[0])
     half(table, name, ENGINES[0])
-    work(table, name)
+    if "openvino" in ENGINES:  # which counts them
+        work(table, name)
     assert table.rows
     assert not [row for row in table.rows if not row["ok"]]
 

@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from anysize.models import load_weights
+from anysize.models import BUNDLED, load_weights
 
 from training import publish as publishing
 from training import train as training
 from training.pictures import KINDS, picture
 from training.publish import publish
-from training.train import Recipe, card, train
+from training.train import RECIPES, Recipe, card, train
 
 SMALL = Recipe(
     scale=4, features=8, convolutions=2, steps=30, batch=4, patch=12, rate=6e-2, pictures=6, size=64
@@ -112,6 +112,11 @@ def test_a_state_of_another_recipe_or_version_is_refused(
     monkeypatch.setattr(training, "version", lambda name: "0.1")
     with pytest.raises(ValueError, match="another recipe"):
         train(short, tmp_path)
+
+
+def test_recipes_are_of_the_bundled_models() -> None:
+    scales = {name: bundled.scale for name, bundled in BUNDLED.items()}
+    assert {name: recipe.scale for name, recipe in RECIPES.items()} == scales
 
 
 def test_publishing_changes_nothing_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

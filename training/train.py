@@ -270,14 +270,14 @@ def rate(recipe: Recipe, step: int) -> float:
 
 
 def determined_by(recipe: Recipe) -> dict[str, Any]:
-    """What makes another model where it changes."""
+    """The recipe and what draws and computes with it: a state is gone on with where they are the same."""
     drawn_by = Path(__file__).with_name("pictures.py").read_bytes()
     versions = {name: version(name) for name in ("numpy", "pillow", "matplotlib", "torch")}
     return {**asdict(recipe), **versions, "sha256 of pictures.py": hashlib.sha256(drawn_by).hexdigest()}
 
 
 def made_on() -> dict[str, Any]:
-    """What a model's last digits and its time depend on."""
+    """What else last digits and time depend on; of a run in parts, where the last was made."""
     facts = machine()
     precision = "bf16" if has_bf16() else "f32"
     return {

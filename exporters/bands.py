@@ -242,7 +242,8 @@ class _Writer:
             end = 0 if self.part == "last" else window.hold(out.lag) - tensor.lag
             feeds[name] = self._rows(self.names[name], begin, end)
         made = self._fresh(operator.output)
-        for name, values in operator.weights.items():
+        top, bottom = self.part == "first", self.part == "last"
+        for name, values in operator.initializers(top, bottom).items():
             self.initializers[name] = self.onnx.numpy_helper.from_array(values, name)
         beyond = (0, 0)  # rows it makes before and after those wanted
         if window.down == 1 and operator.pads is None:
@@ -251,7 +252,7 @@ class _Writer:
                 0 if self.part == "last" else out.lag - window.up * window.hold(out.lag),
             )
         crop = beyond if operator.crops else (0, 0)
-        self.nodes += operator.write(feeds, made, self.part == "first", self.part == "last", crop)
+        self.nodes += operator.write(feeds, made, top, bottom, crop)
         if not operator.crops:
             made = self._rows(made, *beyond)
         if operator.output == self.network.spec.outputs[0].name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -45,8 +45,8 @@ class Window:
 class Operator:
     """One step on pictures: node templates, of which the first reads `sources` and the last gives `output`.
 
-    `cheap`: making rows again costs no more than fetching them from a state would. `pads`: rows of zeros
-    (top, bottom) that the first node adds at the picture's ends. `crops`: its padding takes rows of the
+    `cheap`: making rows again costs no more than fetching them from a state would. `pads`: rows (top, bottom)
+    that the first node, Pad or Conv, adds at the ends of the picture. `crops`: its padding takes rows of the
     result away, at no cost. `weights`: initializers of its own. `absorbs`: outputs of later nodes that this
     operator has already done.
     """
@@ -91,6 +91,13 @@ class Operator:
                 attribute.ints[0] += crop[0]
                 attribute.ints[half] += crop[1]
         return written
+
+    def initializers(self, top: bool, bottom: bool) -> Mapping[str, Array]:
+        """`weights`; a Pad's, which are numbers of rows and columns, for where the picture's ends are."""
+        pad = self.nodes[0]
+        if pad.op_type != "Pad":
+            return self.weights
+        return {pad.input[1]: self.weights[pad.input[1]] * [1, 1, top, 1, 1, 1, bottom, 1]}
 
 
 class Facts:
@@ -152,7 +159,7 @@ _REASONS = {
     "Softmax": "it normalises over an axis, not at each place",
     "Reshape": "it rearranges rows (a shuffle of pixels into channels and back is all that is known)",
     "Transpose": "it exchanges axes",
-    "Pad": "padding other than a convolution's own is not supported",
+    "Pad": "only a constant or the border's pixels around what one convolution reads are supported",
     "Expand": "it repeats values to the picture's size",
 }
 
@@ -188,7 +195,8 @@ def _pictures(node: Any, facts: Facts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for i in node.input if i in facts.pictures))
 
 
-def _conv(node: Any, facts: Facts) -> list[Operator]:
+def _conv(node: Any, facts: Facts, pad: Any = None) -> list[Operator]:
+    """`pad`: the Pad in front of it, whose rows stand for zeros of its own."""
     settings = facts.attributes(node)
     if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
         raise refuse(node, "its weights are computed from the picture")
@@ -200,11 +208,37 @@ def _conv(node: Any, facts: Facts) -> list[Operator]:
     stride = settings.get("strides", [1, 1])[0]
     reach = (kernel[2] - 1) * settings.get("dilations", [1, 1])[0]
     pads = settings.get("pads", [0, 0, 0, 0])
-    top, bottom = pads[0], pads[2]
-    if facts.growth(node.input[0], node.output[0], 2) != Fraction(1, stride):
+    top, bottom, source = pads[0], pads[2], node.input[0]
+    if pad is not None:
+        if top or bottom:
+            raise refuse(pad, _REASONS["Pad"])
+        around = facts.weights[pad.input[1]]
+        top, bottom, source = int(around[2]), int(around[6]), pad.input[0]
+    if facts.growth(source, node.output[0], 2) != Fraction(1, stride):
         raise refuse(node, f"{top} + {bottom} rows of padding do not keep the picture's size")
     window = Window(down=stride, before=top, after=reach + 1 - top - stride)
-    return [Operator((node,), (node.input[0],), node.output[0], window, pads=(top, bottom))]
+    operator = Operator((node,), (source,), node.output[0], window, pads=(top, bottom))
+    if pad is None:
+        return [operator]
+    template = type(pad)()
+    template.CopyFrom(pad)
+    template.input[1] = f"bands/{node.output[0]}/pads"
+    own = {template.input[1]: around}
+    return [replace(operator, nodes=(template, node), weights=own, absorbs=(node.output[0],))]
+
+
+def _pad(node: Any, facts: Facts) -> list[Operator]:
+    """Pad and Conv: together, a convolution that is padded with other than zeros."""
+    following = facts.consumers.get(node.output[0], [])
+    pads = facts.weights.get(node.input[1])
+    known = facts.attributes(node).get("mode", b"constant") in (b"constant", b"edge")
+    if not known or pads is None or len(pads) != 8 or any(node.input[3:]) or len(following) != 1:
+        raise refuse(node, _REASONS["Pad"])
+    if following[0].op_type != "Conv" or pads.min() < 0 or pads[[0, 1, 4, 5]].any():
+        raise refuse(node, _REASONS["Pad"])
+    if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
+        raise refuse(node, "it pads with values computed from the picture")
+    return _conv(following[0], facts, node)
 
 
 def _transposed_conv(node: Any, facts: Facts) -> list[Operator]:
@@ -413,6 +447,7 @@ def _identity(node: Any, facts: Facts) -> list[Operator]:
 _READERS: dict[str, Callable[[Any, Facts], list[Operator]]] = {
     "BatchNormalization": _batch_norm,
     "Conv": _conv,
+    "Pad": _pad,
     "ConvTranspose": _transposed_conv,
     "Resize": _resize,
     "Concat": _channels,

@@ -92,9 +92,6 @@ class Reader:
             raise refuse(node, "it has graphs inside, which may read anything")
         if node.op_type in ("Shape", "Size") and pictures:
             self.sizes.update(node.output)
-        elif node.op_type == "CastLike" and inputs[1] in self.pictures and inputs[0] not in self.pictures:
-            kind = self.shapes[inputs[1]][1]
-            self._fix(self.onnx.helper.make_node("Cast", inputs[:1], node.output, to=kind))
         elif pictures:
             self._of_pictures(node, pictures)
         elif any(i in values for i in inputs):

@@ -29,6 +29,7 @@ from anysize import (
     load,
 )
 from anysize.backends import EngineOptions, Executable, Model, get_backend
+from anysize.exporters import export
 from anysize.exporters.bands import band_model
 from anysize.guard import ShapeGuard
 from anysize.planning import _ENGINE
@@ -66,11 +67,23 @@ class Net:
         return name
 
     def conv(
-        self, source: tuple[str, int, Fraction], out: int, kernel: int = 3, dilation: int = 1, stride: int = 1
+        self,
+        source: tuple[str, int, Fraction],
+        out: int,
+        kernel: int = 3,
+        dilation: int = 1,
+        stride: int = 1,
+        padding: str | None = None,
     ) -> None:
+        """`padding`: the mode of a Pad in front of it."""
         name, channels, rate = source
         values = self.rng.normal(size=(out, channels, kernel, kernel)) / math.sqrt(channels * kernel**2)
         pad = dilation * (kernel - 1) // 2
+        if padding is not None:
+            pads = [self.weight(np.array([0, 0, pad, pad] * 2))]
+            pads += [self.weight(np.array(0.3, np.float32))] if padding == "constant" else []
+            self.add("Pad", [name, *pads], channels, rate, mode=padding)
+            name, pad = self.pool.pop()[0], 0  # what only a convolution may read
         self.add(
             "Conv",
             [
@@ -142,6 +155,10 @@ class Net:
             self.add("ConvTranspose", [name, self.weight(values.astype(np.float32))], out, rate * stride,
                      kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=[pad] * 4,
                      output_padding=[more] * 2)  # fmt: skip
+        elif kind == 14:
+            padding = ("edge", "constant")[other % 2]
+            stride = 2 if down and other > 3 else 1
+            self.conv(source, 1 + other % 3, (3, 5)[other % 2], 1 + other % 2, stride, padding)
         elif kind == 12:
             low, high = (self.weight(np.array(v, np.float32)) for v in (-0.5, 0.7))
             self.add("Clip", [name, low, high], channels, rate)
@@ -214,7 +231,7 @@ def check_equal(net: Net, seed: int, extra: int, rows: int, width: int, engine: 
     assert np.abs(got - want).max() <= limit, [n.op_type for n in net.nodes]
 
 
-steps = st.lists(st.tuples(st.integers(0, 13), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=14)
+steps = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=14)
 sizes = (st.integers(0, 23), st.integers(1, 7), st.integers(1, 9))
 
 
@@ -371,6 +388,44 @@ def test_operators_that_look_too_far_are_refused(
     model = graph_model([helper.make_node(kind, inputs, ["y"], name="culprit", **attributes)], weights)
     with pytest.raises(NotStreamable, match=why):
         band_model(model)
+
+
+@pytest.mark.parametrize(
+    ("mode", "pads", "own", "twice", "why"),
+    [
+        ("reflect", [0, 0, 1, 1] * 2, 0, False, "border's pixels"),
+        ("edge", [0, 0, 1, 1] * 2, 0, True, "border's pixels"),
+        ("edge", [0, 0, 1, 1] * 2, 1, False, "border's pixels"),
+        ("edge", [0, 0, 2, 1] * 2, 0, False, "keep the picture's size"),
+        ("constant", [0, 1, 1, 1, 0, -1, 1, 1], 0, False, "border's pixels"),
+    ],
+)
+def test_padding_that_is_not_one_convolutions_is_refused(
+    mode: str, pads: list[int], own: int, twice: bool, why: str
+) -> None:
+    nodes = [
+        helper.make_node("Pad", ["x", "pads"], ["wide"], mode=mode, name="culprit"),
+        helper.make_node("Conv", ["wide", "k"], ["y"], pads=[own] * 4),
+    ]
+    if twice:
+        nodes.append(helper.make_node("Relu", ["wide"], ["other"]))
+    arrays = {"pads": np.array(pads, np.int64), "k": np.ones((3, 3, 3, 3), np.float32)}
+    weights = [numpy_helper.from_array(v, k) for k, v in arrays.items()]
+    with pytest.raises(NotStreamable, match=why):
+        band_model(graph_model(nodes, weights))
+
+
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+def test_convolutions_without_offsets_stream_as_they_are_exported(engine: str, tmp_path: Path) -> None:
+    """The exporter writes zeros for the offsets, of the type of the picture."""
+    import torch
+
+    torch.manual_seed(0)
+    net = torch.nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate", bias=False)
+    session = load(export(net, tmp_path / "net.onnx", inputs=[("n", 3, "h", "w")]), backend=engine)
+    x = np.random.default_rng(0).random((40, 9, 3), np.float32)
+    got, want = (Upscaler(session, tiling=Tiling(method, 8))(x) for method in ("stream", "whole"))
+    assert np.abs(got - want).max() <= 1e-6
 
 
 def test_a_size_that_follows_the_picture_is_refused_where_it_is_used_as_a_value() -> None:
@@ -629,14 +684,14 @@ def test_memory_is_read_as_bytes_or_text() -> None:
 def test_a_memory_limit_narrows_bands_and_then_cuts_strips(engine: str, picture: Any) -> None:
     import psutil
 
-    x = picture(300, 900)
+    x = picture(300, 1800)  # of which a strip takes little
     session = Upscaler("default", backend=engine).session
     session(np.zeros((1, 3, 8, 8), np.float32))
     free = Upscaler(session, tiling=Tiling("stream"))
     want = free(x)
     runner = session.bands()
     held = psutil.Process().memory_info().rss
-    needs = runner.bytes(300, 900, 8, 1)
+    needs = runner.bytes(300, 1800, 8, 1)
     memory = held + needs // 2 + 16 * x.size + 8 * x.size + _ENGINE
     tight = Upscaler(session, tiling=Tiling("stream", memory=memory))
     np.testing.assert_array_equal(tight(x), want)

@@ -1,9 +1,11 @@
-"""The two Real-ESRGAN generators, with parameter names as in the published weight files.
+"""The two Real-ESRGAN generators, with parameter names as in the published weight files, and our own.
 
-Both map NCHW float images in 0..1, `in_channels` deep, to images `scale` times as large.
+All map NCHW float images in 0..1, `in_channels` deep, to images `scale` times as large.
 Sources: RRDBNet: Wang et al., "ESRGAN", 2018 (arXiv:1809.00219) and "Real-ESRGAN", 2021
 (arXiv:2107.10833, pixel-unshuffle inputs for x1 and x2). SRVGGNetCompact: the Real-ESRGAN release
 notes of v0.2.3 / v0.3.0 (VGG-style, all convolutions at input resolution, pixel-shuffle at the end).
+LumaCompact: that of the bundled models; networks for luma alone, beside interpolated hues, are as old as
+SRCNN (Dong et al. 2014, arXiv:1501.00092).
 """
 
 from __future__ import annotations
@@ -101,6 +103,14 @@ class RRDBNet(nn.Module):
         return x
 
 
+def _chain(channels: int, features: int, convolutions: int, out_channels: int) -> nn.ModuleList:
+    """`convolutions` between the first and the last, with PReLU between all."""
+    body: list[nn.Module] = [_conv(channels, features), nn.PReLU(features)]
+    for _ in range(convolutions):
+        body += [_conv(features, features), nn.PReLU(features)]
+    return nn.ModuleList([*body, _conv(features, out_channels)])
+
+
 class SRVGGNetCompact(nn.Module):
     """A chain of 3x3 convolutions with PReLU, pixel-shuffle, added to the nearest-upsampled input."""
 
@@ -108,11 +118,7 @@ class SRVGGNetCompact(nn.Module):
         super().__init__()
         self.in_channels = channels
         self.scale = scale
-        body: list[nn.Module] = [_conv(channels, features), nn.PReLU(features)]
-        for _ in range(convolutions):
-            body += [_conv(features, features), nn.PReLU(features)]
-        body.append(_conv(features, channels * scale**2))
-        self.body = nn.ModuleList(body)
+        self.body = _chain(channels, features, convolutions, channels * scale**2)
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
@@ -122,3 +128,35 @@ class SRVGGNetCompact(nn.Module):
             return x + y
         base = F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
         return F.pixel_shuffle(y, self.scale) + base
+
+
+class LumaCompact(nn.Module):
+    """The same chain for one channel of detail, added alike to R, G and B of the bilinearly upsampled input.
+
+    So hues are the interpolation's, and grey stays grey. Bilinear is a convolution here, of the picture with
+    its border repeated: OpenVINO has been seen to prepare its own operator for every pixel of a size, for
+    seconds.
+    """
+
+    bilinear: Tensor
+
+    def __init__(self, features: int = 32, convolutions: int = 12, scale: int = 4) -> None:
+        super().__init__()
+        self.in_channels = 3
+        self.scale = scale
+        self.luma = _chain(3, features, convolutions, scale**2)
+        self.register_buffer("bilinear", _bilinear(scale).repeat(3, 1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.luma:
+            y = layer(y)
+        base = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.bilinear, groups=3)
+        return F.pixel_shuffle(y, self.scale) + F.pixel_shuffle(base, self.scale)
+
+
+def _bilinear(scale: int) -> Tensor:
+    """The kernels of bilinear upsampling before a pixel-shuffle, (scale**2, 1, 3, 3)."""
+    centres = (torch.arange(scale) + 0.5) / scale - 0.5
+    line = (1 - (centres[:, None] - torch.arange(-1, 2)).abs()).clamp(min=0)
+    return torch.einsum("ay,bx->abyx", line, line).reshape(scale**2, 1, 3, 3)

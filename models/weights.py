@@ -66,7 +66,8 @@ def _own(loaded: Any, path: Path) -> Any:
         except (ZeroDivisionError, ValueError, RuntimeError) as error:
             raise ModelLoadError(f"{path}: {_describe(state)} has impossible sizes: {error}") from error
     if module is None:
-        raise ModelLoadError(f"{path}: {_describe(state)} is none of RRDBNet, SRVGGNetCompact and AnimeGANv2")
+        ours = "RRDBNet, SRVGGNetCompact, LumaCompact and AnimeGANv2"
+        raise ModelLoadError(f"{path}: {_describe(state)} is none of {ours}")
     try:
         module.load_state_dict(_rename(state, type(module).__name__), strict=True)
     except RuntimeError as error:
@@ -142,24 +143,32 @@ def _is_conv3(tensor: Any) -> bool:
 
 
 def _compact(state: StateDict, path: Path) -> Any | None:
-    indices = [int(m[1]) for k in state if (m := re.fullmatch(r"body\.(0|[1-9][0-9]{0,3})\.weight", k))]
-    if len(indices) < 2 or any(not k.startswith("body.") for k in state) or max(indices) > 4 * len(indices):
+    chain = "luma." if "luma.0.weight" in state else "body."
+    if any(not key.startswith(chain) for key in state):
         return None
-    first, last = state.get("body.0.weight"), state[f"body.{max(indices)}.weight"]
+    layers = {key.removeprefix(chain): value for key, value in state.items()}
+    indices = [int(m[1]) for k in layers if (m := re.fullmatch(r"(0|[1-9][0-9]{0,3})\.weight", k))]
+    if len(indices) < 2 or max(indices) > 4 * len(indices):
+        return None
+    first, last = layers.get("0.weight"), layers[f"{max(indices)}.weight"]
     if first is None or not (_is_conv3(first) and _is_conv3(last)):
         return None
-    from anysize.models.architectures import SRVGGNetCompact
+    from anysize.models.architectures import LumaCompact, SRVGGNetCompact
 
     features, channels = first.shape[:2]
-    scale = math.isqrt(last.shape[0] // channels)
-    if channels * scale**2 != last.shape[0] or max(indices) % 2:
+    details = 1 if chain == "luma." else channels
+    scale = math.isqrt(last.shape[0] // details)
+    if details * scale**2 != last.shape[0] or max(indices) % 2:
         return None
     convolutions = max(indices) // 2 - 1
-    if "body.1.weight" not in state:
+    name = "LumaCompact" if chain == "luma." else "SRVGGNetCompact"
+    if "1.weight" not in layers:
         raise ModelLoadError(
-            f"{path}: SRVGGNetCompact with {convolutions} convolutions but no PReLU weights: "
+            f"{path}: {name} with {convolutions} convolutions but no PReLU weights: "
             "its activation cannot be told from the file"
         )
+    if chain == "luma.":
+        return LumaCompact(features, convolutions, scale)
     return SRVGGNetCompact(channels, features, convolutions, scale)
 
 

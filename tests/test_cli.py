@@ -203,10 +203,10 @@ def test_export_and_use(run: Run, photo: Path, tmp_path: Path, suffix: str) -> N
     assert code == 0, err
     data = json.loads(out)
     assert data["verified"] == (["openvino", "onnxruntime"] if suffix == ".onnx" else ["openvino"])
-    assert data["spec"]["radius"] == 13
+    assert data["spec"]["radius"] == 14
     assert run("upscale", photo, "-o", tmp_path / "o.png", "-m", target)[0] == 0
     code, out, _ = run("export", "default", "-o", target)
-    assert "receptive radius 13" in out
+    assert "receptive radius 14" in out
     assert run("export", target, "-o", tmp_path / "again.onnx")[0] == 2
     assert run("export", "default", "-o", tmp_path / "x.pt")[0] == 2
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from anysize import BackendUnavailableError, ModelLoadError
 from anysize.models import BUNDLED, bundled_file, load_weights
-from anysize.models.architectures import RRDBNet, SRVGGNetCompact, space_to_depth
+from anysize.models.architectures import LumaCompact, RRDBNet, SRVGGNetCompact, space_to_depth
 from conftest import ENGINES
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -126,6 +126,18 @@ def test_compact(tmp_path: Path, scale: int, convolutions: int) -> None:
     roundtrip(tmp_path / "m.pth", SRVGGNetCompact(3, 8, convolutions, scale), wrap="params")
 
 
+@pytest.mark.parametrize("scale", [2, 4])
+def test_luma_compact(tmp_path: Path, backend: str, scale: int) -> None:
+    """Its detail is of light alone: grey stays grey, to the bit."""
+    torch.manual_seed(0)
+    roundtrip(tmp_path / "m.pth", LumaCompact(8, 3, scale))
+    grey = np.random.default_rng(0).random((1, 1, 9, 13), np.float32).repeat(3, 1)
+    result = anysize.load(tmp_path / "m.pth", backend=backend)(grey)
+    assert result.shape == (1, 3, 9 * scale, 13 * scale)
+    assert np.ptp(result) > 0.5
+    assert not np.ptp(result, axis=1).any()
+
+
 def test_grey_models(tmp_path: Path) -> None:
     roundtrip(tmp_path / "m.pth", tiny_rrdb(in_channels=1, out_channels=1))
     roundtrip(tmp_path / "c.pth", SRVGGNetCompact(1, 8, 2, 4))
@@ -170,6 +182,10 @@ def bad_files(folder: Path) -> dict[str, str]:
     torch.save(state, folder / "missing.pth")
     compact = SRVGGNetCompact(3, 8, 2, 4).state_dict()
     torch.save({k: v for k, v in compact.items() if v.ndim == 4 or ".0." in k}, folder / "relu.pth")
+    luma = LumaCompact(8, 2, 4).state_dict()
+    torch.save({k: v for k, v in luma.items() if k != "luma.1.weight"}, folder / "luma.pth")
+    torch.save(luma | {"body.0.weight": luma["luma.0.weight"]}, folder / "both.pth")
+    torch.save(luma | {"luma.0.weight": torch.zeros(8, 1, 3, 3)}, folder / "grey.pth")
     conv = torch.zeros(3, 3, 3, 3)
     torch.save({"body.0.weight": torch.zeros(4, 0, 3, 3), "body.2.weight": conv}, folder / "none.pth")
     torch.save({f"body.{i}.weight": conv for i in (0, 1, 30_000_000)}, folder / "huge.pth")
@@ -203,7 +219,10 @@ def bad_files(folder: Path) -> dict[str, str]:
         "linear.pth": r"2 tensors \(layer.weight\[4, 4\]",
         "extra.pth": "looks like RRDBNet, but .*extra.weight",
         "missing.pth": "looks like RRDBNet, but .*body.1.rdb3.conv5.bias",
-        "relu.pth": "activation cannot be told",
+        "relu.pth": "SRVGGNetCompact with .* activation cannot be told",
+        "luma.pth": "LumaCompact with .* activation cannot be told",
+        "both.pth": "is none of RRDBNet",
+        "grey.pth": "looks like LumaCompact, but .*luma.0.weight",
     }
 
 

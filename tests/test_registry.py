@@ -260,7 +260,7 @@ def test_the_command(server: Server, weights: bytes, capsys: pytest.CaptureFixtu
     assert (code, out.strip()) == (0, str(bundled_file("default")))
     code, out, _ = command()
     assert code == 0
-    assert "default: SRVGGNetCompact x4, Apache-2.0, bundled" in out
+    assert "default: LumaCompact x4, Apache-2.0, bundled" in out
     assert f"{NAME}: SRVGGNetCompact x4, BSD-3-Clause, {len(weights) / 1e6:.1f} MB, here" in out
     assert "RealESRGAN_x4plus: RRDBNet x4, BSD-3-Clause, 67.0 MB, not here" in out
     assert "https://" in out

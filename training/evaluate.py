@@ -42,6 +42,8 @@ ABOVE = {
     ("default", "line art and text"): 4.0,
     ("default-x2", "line art and text"): 4.0,
 }
+#: at most so much of bicubic's: hues are enlarged bilinearly, and never sharpened into what they were not
+HUES = 1.25
 #: places on the sheet: set, picture, left and top of the enlarged picture
 SHOWN = (
     ("Set5", "butterfly", 90, 60),
@@ -137,6 +139,9 @@ def quality(table: Table, name: str, backend: str = "openvino") -> list[str]:
         if which == name:
             gain = means[group][name][0] - means[group]["bicubic"][0]
             table.at_least(f"{name}, {group}: above bicubic, dB", gain, bound)
+    for group, by in means.items():
+        ratio = by[name][2] / by["bicubic"][2]
+        table.add(f"{name}, {group}: error of chroma, times that of bicubic", ratio, HUES)
     drawings = figures["line art and text"]
     gains = [ours[0] - theirs[0] for ours, theirs in zip(drawings[name], drawings["bicubic"], strict=True)]
     error = statistics.stdev(gains) / len(gains) ** 0.5

@@ -3,7 +3,7 @@
 Dead leaves (occluding shapes whose sizes follow a power law of exponent -3, which makes the picture
 scale-invariant like natural images: Lee, Mumford & Huang 2001) are known to train restoration networks
 to near natural-image quality (Achddou, Gousseau & Ladjal 2021). Everything is drawn `_FINER` times as
-large and averaged down, and is determined by the seed and the versions of NumPy and Pillow.
+large and averaged down, and is determined by the seed and the versions of NumPy, Pillow and Matplotlib.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _drawn(number: int) -> Image.Image:
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    """A random cut of a random texture, turned by quarters, up to twice as large."""
+    """A random cut of a random texture, at 0.7 to 1.6 times its size."""
     texture = _drawn(int(rng.integers(_TEXTURES)))
     zoom = rng.choice([0.7, 1, 1, 1.6])
     w, h = (min(int(side / zoom) + 1, _TEXTURE) for side in (width, height))
@@ -158,9 +158,11 @@ class _Palette:
 # -- dead leaves -------------------------------------------------------------------------------------------
 
 
-def _outline(rng: np.random.Generator, radius: float) -> Array:
-    """A closed outline around 0, (points, 2)."""
-    kind, angle = rng.random(), rng.uniform(0, 2 * np.pi)
+def _outline(rng: np.random.Generator, radius: float, upright: float = 0.0) -> Array:
+    """A closed outline around 0, (points, 2); with probability `upright` a bar along an axis."""
+    kind, angle, flatness = rng.random(), rng.uniform(0, 2 * np.pi), rng.uniform(0.25, 1)
+    if rng.random() < upright:
+        kind, angle, flatness = 1.0, rng.choice([0, np.pi / 2]), np.exp(rng.uniform(np.log(0.03), 0))
     if kind < 0.4:  # round, wobbling
         count = int(np.clip(radius * 1.5, 10, 90))
         theta = np.linspace(0, 2 * np.pi, count, endpoint=False)
@@ -174,9 +176,14 @@ def _outline(rng: np.random.Generator, radius: float) -> Array:
     else:  # a rectangle or a bar
         theta = np.arctan2([1, 1, -1, -1], [1, -1, -1, 1])
         r = np.full(4, np.sqrt(2))
-    points = np.stack([r * np.cos(theta), r * np.sin(theta) * rng.uniform(0.25, 1)], 1) * radius
+    points = np.stack([r * np.cos(theta), r * np.sin(theta) * flatness], 1) * radius
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     return points @ turn
+
+
+def _upright(rng: np.random.Generator) -> float:
+    """How many of a picture's shapes are bars along an axis: few, or all, as in what people build."""
+    return float(rng.choice([0.05, 1.0], p=[0.8, 0.2]))
 
 
 def _curve(rng: np.random.Generator, length: float, bend: float = 1.0) -> Array:
@@ -224,18 +231,19 @@ def _leaves(rng: np.random.Generator, side: int) -> Image.Image:
     smallest = np.exp(rng.uniform(np.log(2.0), np.log(12.0))) * _FINER
     largest = rng.uniform(0.15, 0.5) * side
     strokes, soft = rng.choice([0.05, 0.3]), rng.choice([0, 0, 0.2])
+    upright = _upright(rng)
     covered, wanted = 0.0, rng.uniform(1.5, 4) * side**2
     while covered < wanted:
         # inverse-transform sample of p(r) ~ r^-3 on [smallest, largest]
         u = rng.random()
         radius = 1 / np.sqrt(u / largest**2 + (1 - u) / smallest**2)
         centre = rng.uniform(-0.1, 1.1, 2) * side
-        if rng.random() < strokes:
+        if rng.random() < strokes * (1 - upright):
             width = max(1, int(min(rng.exponential(2.0) + 0.7, radius / 3) * _FINER))
             shape = _mask(_curve(rng, radius * rng.uniform(2, 6)) + centre, side, width)
             covered += radius * width * 4
         else:
-            shape = _mask(_outline(rng, radius) + centre, side)
+            shape = _mask(_outline(rng, radius, upright) + centre, side)
             covered += radius**2 * 2
         if shape is None:
             continue
@@ -257,17 +265,17 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
     as_int = [tuple(int(v * 255) for v in c) for c in (paper, ink)]
     canvas = Image.new("RGB", (side, side), as_int[0])
     draw = ImageDraw.Draw(canvas)
-    pen = rng.uniform(0.8, 3) * _FINER
+    pen, upright = rng.uniform(0.8, 3) * _FINER, _upright(rng)
     for _ in range(int(rng.integers(6, 40))):
         radius = np.exp(rng.uniform(np.log(4 * _FINER), np.log(0.4 * side)))
         centre = rng.uniform(0, 1, 2) * side
         width = max(1, int(pen * rng.uniform(0.5, 1.5)))
-        if rng.random() < 0.4:
+        if rng.random() < 0.4 * (1 - upright):
             draw.line(
                 _flat(_curve(rng, radius * 4, 2.0) + centre), fill=as_int[1], width=width, joint="curve"
             )
             continue
-        points = _outline(rng, radius) + centre
+        points = _outline(rng, radius, upright) + centre
         shape = _mask(points, side)
         if shape is None:
             continue
@@ -275,7 +283,7 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
         kind = rng.random()
         fill: Any = tuple(int(v * 255) for v in (palette() if kind < 0.8 else ink))
         if kind < 0.25:
-            fill = _hatching(rng, mask.size, pen, as_int[0], as_int[1])
+            fill = _hatching(rng, mask.size, pen, as_int[0], as_int[1], upright)
         elif kind < 0.4:
             colour = palette()
             fill = _coloured(_shade(rng, *mask.size), colour, palette.near(colour))
@@ -285,9 +293,9 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def _hatching(
-    rng: np.random.Generator, size: tuple[int, int], pen: float, paper: Any, ink: Any
+    rng: np.random.Generator, size: tuple[int, int], pen: float, paper: Any, ink: Any, upright: float
 ) -> Image.Image:
-    """Parallel strokes, crossed or not, or a screen of dots."""
+    """Parallel strokes, crossed or not, or a screen of dots; with probability `upright` along the axes."""
     hatched = Image.new("RGB", size, paper)
     draw = ImageDraw.Draw(hatched)
     gap = pen * rng.uniform(1.6, 4)
@@ -298,7 +306,10 @@ def _hatching(
             for x in np.arange(0, size[0], gap):
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
         return hatched
-    for angle in rng.uniform(0, np.pi, int(rng.integers(1, 3))):
+    angles = rng.uniform(0, np.pi, int(rng.integers(1, 3)))
+    if rng.random() < upright:
+        angles = np.round(angles / (np.pi / 2)) * (np.pi / 2)
+    for angle in angles:
         along = np.array([np.cos(angle), np.sin(angle)])
         across = np.array([-along[1], along[0]])
         for offset in np.arange(-reach, reach, gap):
@@ -362,8 +373,11 @@ KINDS = {"leaves": (_leaves, 0.40), "lines": (_lines, 0.34), "text": (_text, 0.1
 def picture(seed: int, size: int = 256, kind: str | None = None) -> Array:
     """One picture: (size, size, 3) uint8 RGB, wholly determined by its arguments.
 
-    `kind`: one of `KINDS`; None: as often as it says there.
+    `kind`: one of `KINDS`; None: as often as it says there. Raises `ValueError` where `size` is not one of 32
+    to 341, beyond which textures do not reach.
     """
+    if not 32 <= size <= _TEXTURE // _FINER:
+        raise ValueError(f"pictures are of 32 to {_TEXTURE // _FINER} pixels, not of {size}")
     rng = np.random.default_rng(seed)
     chosen = kind or str(rng.choice(list(KINDS), p=[share for _, share in KINDS.values()]))
     drawn = KINDS[chosen][0](rng, size * _FINER).reduce(_FINER)

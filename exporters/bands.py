@@ -23,7 +23,7 @@ import numpy as np
 from anysize.backends.base import Array, Model
 from anysize.backends.errors import NotStreamable
 from anysize.backends.spec import Dim, ModelSpec, Rule, Size, TensorSpec
-from anysize.exporters.cost import infer_shapes, picture_graph
+from anysize.exporters.cost import computed, infer_shapes, picture_graph
 from anysize.exporters.operators import Facts, Operator, read_operator, refuse
 from anysize.exporters.radius import image_step
 
@@ -136,9 +136,7 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
             continue
         if any(a.HasField("g") or a.graphs for a in node.attribute):
             raise refuse(node, "what it runs is chosen at run time")
-        if node.op_type == "Constant":
-            weights[node.output[0]] = _constant(onnx, node)
-        if any(i in network.tensors for i in node.input):
+        if any(i in network.tensors or i in facts.padded for i in node.input):
             if node.op_type in ("Shape", "Size"):
                 sizes.update(node.output)
                 continue
@@ -150,14 +148,10 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
             sizes.update(node.output)
         else:
             network.constants.append(node)
+            weights.update(computed(node, weights, 64))
     if spec.outputs[0].name not in network.tensors:
         raise NotStreamable(f"the output '{spec.outputs[0].name}' does not depend on the picture")
     return network
-
-
-def _constant(onnx: Any, node: Any) -> Array:
-    value = onnx.helper.get_attribute_value(node.attribute[0])
-    return onnx.numpy_helper.to_array(value) if node.attribute[0].name == "value" else np.asarray(value)
 
 
 def _size(spec: ModelSpec, axis: int, steps: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from anysize.backends.base import Model
+from anysize.backends.base import Array, Model
 from anysize.backends.errors import BackendUnavailableError, NotStreamable
 from anysize.backends.spec import Dim
 
@@ -62,7 +62,8 @@ def _read(model: Model) -> tuple[Any, Any] | None:
 def picture_graph(model: Model, parts: str, opset: int) -> tuple[Any, Any]:
     """onnx itself and the graph of a model that takes and gives one picture, to be taken apart into `parts`.
 
-    CastLike, which the exporter writes for the zeros of a convolution without offsets, is Cast in it.
+    CastLike, which the exporter writes for the zeros of a convolution without offsets, is Cast in it, where
+    the type can be told.
 
     Raises `NotStreamable` where it is none, or of an opset before `opset`; `BackendUnavailableError` without
     onnx.
@@ -88,7 +89,7 @@ def picture_graph(model: Model, parts: str, opset: int) -> tuple[Any, Any]:
         raise NotStreamable(f"onnx cannot read this model: {error}") from error
     if any(i.domain in ("", "ai.onnx") and i.version < opset for i in proto.opset_import):
         raise NotStreamable(f"the graph is of an ONNX opset before {opset}; export it again")
-    known = infer_shapes(proto, spec.input_shapes({name: dim.ceil(40) for name, dim in spec.dims.items()}))
+    known = infer_shapes(proto, spec.input_shapes({n: dim.ceil(dim.min) for n, dim in spec.dims.items()}))
     for node in proto.graph.node:  # it reads nothing but the type of what may be a picture
         if node.op_type == "CastLike" and node.output[0] in known:
             node.op_type = "Cast"
@@ -133,7 +134,7 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
 
     opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     types: dict[str, Any] = {}
-    values: dict[str, Any] = {}
+    values: dict[str, Array] = {}
     for value in proto.graph.input:
         kind = value.type.tensor_type.elem_type
         if value.name in inputs:
@@ -148,11 +149,8 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
             ends = {a.name: a.i for a in node.attribute}
             shape = _shape(types[node.input[0]])
             values[node.output[0]] = np.array(shape[ends.get("start", 0) : ends.get("end")], np.int64)
-        elif all(name in values for name in present):
-            with contextlib.suppress(Exception):  # what cannot be computed stays unknown
-                results = onnx.reference.ReferenceEvaluator(node).run(None, {n: values[n] for n in present})
-                if all(isinstance(result, np.ndarray) for result in results):
-                    values.update(zip(node.output, results, strict=True))
+        else:
+            values.update(computed(node, values))
         known = {name: values[name] for name in node.output if name in values}
         for name, array in known.items():
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -172,6 +170,20 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
     return {
         name: (_shape(kind), kind.tensor_type.elem_type) for name, kind in types.items() if _is_fixed(kind)
     }
+
+
+def computed(node: Any, values: Mapping[str, Array], most: float = math.inf) -> dict[str, Array]:
+    """What a node gives; nothing where that cannot be told from `values` that are `most` numbers or fewer."""
+    import onnx.reference
+
+    feeds = {name: values.get(name) for name in node.input if name}
+    if any(value is None or value.size > most for value in feeds.values()):
+        return {}
+    with contextlib.suppress(Exception):
+        results = onnx.reference.ReferenceEvaluator(node).run(None, feeds)
+        if all(isinstance(result, np.ndarray | np.generic) for result in results):
+            return dict(zip(node.output, map(np.asarray, results), strict=True))
+    return {}
 
 
 def _is_fixed(kind: Any) -> bool:

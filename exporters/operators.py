@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -84,7 +84,7 @@ class Operator:
             written.append(node)
         for attribute in written[0].attribute:
             half = len(attribute.ints) // 2
-            if attribute.name == "pads" and self.pads is not None:
+            if attribute.name == "pads" and self.pads is not None:  # of a Conv; a Pad reads its own
                 attribute.ints[0] = self.pads[0] if top else 0
                 attribute.ints[half] = self.pads[1] if bottom else 0
             elif attribute.name == "pads" and self.crops:
@@ -93,7 +93,7 @@ class Operator:
         return written
 
     def initializers(self, top: bool, bottom: bool) -> Mapping[str, Array]:
-        """`weights`; a Pad's, which are numbers of rows and columns, for where the picture's ends are."""
+        """`weights`; of a Pad, whose numbers of rows stand there, with none where the picture goes on."""
         pad = self.nodes[0]
         if pad.op_type != "Pad":
             return self.weights
@@ -115,6 +115,7 @@ class Facts:
         self.onnx, self.pictures, self.sizes, self.weights = onnx, pictures, sizes, weights
         self.shapes, self.consumers = shapes, consumers
         self.joined: dict[str, tuple[str, ...]] = {}  # Concat's output -> what it joins
+        self.padded: dict[str, Any] = {}  # Pad's output -> the Pad, which the Conv that reads it has to do
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """At the first of the sizes."""
@@ -195,8 +196,8 @@ def _pictures(node: Any, facts: Facts) -> tuple[str, ...]:
     return tuple(dict.fromkeys(i for i in node.input if i in facts.pictures))
 
 
-def _conv(node: Any, facts: Facts, pad: Any = None) -> list[Operator]:
-    """`pad`: the Pad in front of it, whose rows stand for zeros of its own."""
+def _conv(node: Any, facts: Facts) -> list[Operator]:
+    """With the Pad in front of it, if there is one, whose rows stand for zeros of its own."""
     settings = facts.attributes(node)
     if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
         raise refuse(node, "its weights are computed from the picture")
@@ -209,36 +210,38 @@ def _conv(node: Any, facts: Facts, pad: Any = None) -> list[Operator]:
     reach = (kernel[2] - 1) * settings.get("dilations", [1, 1])[0]
     pads = settings.get("pads", [0, 0, 0, 0])
     top, bottom, source = pads[0], pads[2], node.input[0]
-    if pad is not None:
+    nodes: tuple[Any, ...] = (node,)
+    weights = {}
+    if source in facts.padded:
+        pad = type(node)()
+        pad.CopyFrom(facts.padded[source])
         if top or bottom:
             raise refuse(pad, _REASONS["Pad"])
-        around = facts.weights[pad.input[1]]
+        around, pad.input[1] = facts.weights[pad.input[1]], f"bands/{source}/pads"
+        nodes, weights = (pad, node), {pad.input[1]: around}
         top, bottom, source = int(around[2]), int(around[6]), pad.input[0]
     if facts.growth(source, node.output[0], 2) != Fraction(1, stride):
         raise refuse(node, f"{top} + {bottom} rows of padding do not keep the picture's size")
     window = Window(down=stride, before=top, after=reach + 1 - top - stride)
-    operator = Operator((node,), (source,), node.output[0], window, pads=(top, bottom))
-    if pad is None:
-        return [operator]
-    template = type(pad)()
-    template.CopyFrom(pad)
-    template.input[1] = f"bands/{node.output[0]}/pads"
-    own = {template.input[1]: around}
-    return [replace(operator, nodes=(template, node), weights=own, absorbs=(node.output[0],))]
+    return [Operator(nodes, (source,), node.output[0], window, pads=(top, bottom), weights=weights)]
 
 
 def _pad(node: Any, facts: Facts) -> list[Operator]:
-    """Pad and Conv: together, a convolution that is padded with other than zeros."""
+    """Nothing by itself: the convolution that reads it pads otherwise than with zeros."""
     following = facts.consumers.get(node.output[0], [])
-    pads = facts.weights.get(node.input[1])
-    known = facts.attributes(node).get("mode", b"constant") in (b"constant", b"edge")
-    if not known or pads is None or len(pads) != 8 or any(node.input[3:]) or len(following) != 1:
+    if facts.attributes(node).get("mode", b"constant") not in (b"constant", b"edge"):
         raise refuse(node, _REASONS["Pad"])
-    if following[0].op_type != "Conv" or pads.min() < 0 or pads[[0, 1, 4, 5]].any():
+    if [f.op_type for f in following] != ["Conv"] or following[0].input[0] != node.output[0]:
+        raise refuse(node, _REASONS["Pad"])
+    pads = facts.weights.get(node.input[1])
+    if pads is None or pads.shape != (8,) or pads.min() < 0 or any(node.input[3:]):
+        raise refuse(node, "its numbers are computed from the picture, negative, or of some axes only")
+    if pads[[0, 1, 4, 5]].any() or node.input[0] not in facts.pictures:
         raise refuse(node, _REASONS["Pad"])
     if any(i in facts.pictures or i in facts.sizes for i in node.input[1:]):
-        raise refuse(node, "it pads with values computed from the picture")
-    return _conv(following[0], facts, node)
+        raise refuse(node, "what it pads with is computed from the picture")
+    facts.padded[node.output[0]] = node
+    return []
 
 
 def _transposed_conv(node: Any, facts: Facts) -> list[Operator]:

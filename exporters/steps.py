@@ -6,7 +6,6 @@ refuses what it does not know, by name. `stages` puts the steps together.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,7 +15,7 @@ import numpy as np
 from anysize.backends.base import Array
 from anysize.backends.errors import NotStreamable
 from anysize.backends.spec import Dim, ModelSpec
-from anysize.exporters.cost import infer_shapes
+from anysize.exporters.cost import computed, infer_shapes
 from anysize.exporters.operators import POINTWISE
 
 #: [first, last) rows of a tensor
@@ -111,11 +110,7 @@ class Reader:
             raise refuse(node, f"where '{unknown[0]}' comes from is not known")
         self.fixed.append(node)
         self.fixed_names.update(node.output)
-        known = {i: self.constants[i] for i in node.input if i in self.constants}
-        if len(known) == len([i for i in node.input if i]) and all(v.size <= 64 for v in known.values()):
-            with contextlib.suppress(Exception):  # what cannot be computed here stays unknown
-                results = self.onnx.reference.ReferenceEvaluator(node).run(None, known)
-                self.constants.update(zip(node.output, results, strict=True))
+        self.constants.update(computed(node, self.constants, 64))
 
     def _of_pictures(self, node: Any, pictures: list[str]) -> None:
         if node.domain not in ("", "ai.onnx"):

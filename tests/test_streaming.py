@@ -390,29 +390,79 @@ def test_operators_that_look_too_far_are_refused(
         band_model(model)
 
 
+SIDES = [0, 0, 1, 1] * 2
+
+
 @pytest.mark.parametrize(
-    ("mode", "pads", "own", "twice", "why"),
+    ("pad", "conv", "why"),
     [
-        ("reflect", [0, 0, 1, 1] * 2, 0, False, "border's pixels"),
-        ("edge", [0, 0, 1, 1] * 2, 0, True, "border's pixels"),
-        ("edge", [0, 0, 1, 1] * 2, 1, False, "border's pixels"),
-        ("edge", [0, 0, 2, 1] * 2, 0, False, "keep the picture's size"),
-        ("constant", [0, 1, 1, 1, 0, -1, 1, 1], 0, False, "border's pixels"),
+        ({"mode": "reflect"}, {}, "border's pixels"),
+        ({"also": "Relu"}, {}, "border's pixels"),
+        ({"also": "Conv"}, {}, "border's pixels"),
+        ({}, {"pads": [1] * 4}, "border's pixels"),
+        ({"pads": [0, 1, 1, 1] * 2}, {}, "border's pixels"),
+        ({"pads": [0, 0, -1, 1] * 2}, {}, "negative"),
+        ({"pads": [0, 0, 2, 1] * 2}, {}, "keep the picture's size"),
+        ({"inputs": ["pads", "", "axes"]}, {}, "of some axes only"),
+        ({"inputs": ["follows"]}, {}, "computed from the picture"),
+        ({"inputs": ["pads", "size"]}, {}, "computed from the picture"),
+        ({}, {"inputs": ["wide", "k", "sizes"]}, "weights are computed from the picture"),
+        ({"of": "k"}, {"inputs": ["x", "wide"]}, "keep the picture's size"),
     ],
 )
 def test_padding_that_is_not_one_convolutions_is_refused(
-    mode: str, pads: list[int], own: int, twice: bool, why: str
+    pad: dict[str, Any], conv: dict[str, Any], why: str
 ) -> None:
+    read = pad.get("inputs", ["pads"])
     nodes = [
-        helper.make_node("Pad", ["x", "pads"], ["wide"], mode=mode, name="culprit"),
-        helper.make_node("Conv", ["wide", "k"], ["y"], pads=[own] * 4),
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Mul", ["shape", "none"], ["more"]),
+        helper.make_node("Concat", ["more", "more"], ["follows"], axis=0),
+        helper.make_node("Pad", [pad.get("of", "x"), *read], ["wide"], mode=pad.get("mode", "edge")),
+        helper.make_node("Slice", ["shape", "one", "four"], ["end"]),  # after the Pad, before what it pads
+        helper.make_node("Cast", ["end"], ["sizes"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", conv.get("inputs", ["wide", "k"]), ["y"], pads=conv.get("pads", [0] * 4)),
     ]
-    if twice:
-        nodes.append(helper.make_node("Relu", ["wide"], ["other"]))
-    arrays = {"pads": np.array(pads, np.int64), "k": np.ones((3, 3, 3, 3), np.float32)}
+    if "size" in read:
+        nodes.insert(3, helper.make_node("ReduceMax", ["shape"], ["most"], keepdims=0))
+        nodes.insert(4, helper.make_node("Cast", ["most"], ["size"], to=TensorProto.FLOAT))
+    if "also" in pad:
+        nodes.append(helper.make_node(pad["also"], ["wide", "k"][: 1 + (pad["also"] == "Conv")], ["other"]))
+    arrays = {
+        "pads": np.array(pad.get("pads", SIDES)),
+        "axes": np.arange(4),
+        "none": np.zeros(4, np.int64),
+        "one": np.array([1]),
+        "four": np.array([4]),
+        "k": np.ones((3, 3, 3, 3), np.float32),
+    }
     weights = [numpy_helper.from_array(v, k) for k, v in arrays.items()]
     with pytest.raises(NotStreamable, match=why):
         band_model(graph_model(nodes, weights))
+
+
+@pytest.mark.parametrize("engine", GRAPH_ENGINES)
+def test_padding_by_numbers_that_constants_give_streams(engine: str) -> None:
+    """As PyTorch's older exporter writes it, which many files are of."""
+    nodes = [
+        helper.make_node("Constant", [], ["sides"], value_ints=[1, 1, 1, 1]),
+        helper.make_node("ConstantOfShape", ["four"], ["none"], value=numpy_helper.from_array(np.array([0]))),
+        helper.make_node("Concat", ["sides", "none"], ["torchs"], axis=0),
+        helper.make_node("Reshape", ["torchs", "pairs"], ["columns"]),
+        helper.make_node("Slice", ["columns", "last", "before", "rows", "back"], ["turned"]),
+        helper.make_node("Transpose", ["turned"], ["rows_first"], perm=[1, 0]),
+        helper.make_node("Reshape", ["rows_first", "flat"], ["pads"]),
+        helper.make_node("Pad", ["x", "pads"], ["wide"], mode="edge"),
+        helper.make_node("Conv", ["wide", "k"], ["y"]),
+    ]
+    numbers = {"four": [4], "pairs": [-1, 2], "last": [-1], "before": [-(2**63) + 1], "rows": [0]}
+    numbers |= {"back": [-1], "flat": [-1]}
+    weights = [numpy_helper.from_array(np.array(v), k) for k, v in numbers.items()]
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 3, 3)).astype("f")
+    model = graph_model(nodes, [*weights, numpy_helper.from_array(kernel, "k")])
+    x = np.random.default_rng(1).random((1, 3, 23, 9), np.float32)
+    got = in_bands(runner_of(model, engine), x, 4)
+    assert np.abs(got - whole(model, engine, x)).max() <= 1e-5
 
 
 @pytest.mark.parametrize("engine", GRAPH_ENGINES)

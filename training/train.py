@@ -59,14 +59,14 @@ class Recipe:
     scale: int
     features: int = 32
     convolutions: int = 12
-    steps: int = 7_000
+    steps: int = 9_000
     batch: int = 16
     patch: int = 40
     rate: float = 3e-3
     squared: float = 0.25
     pictures: int = 384
     size: int = 256
-    every: int = 12
+    every: int = 2
     seed: int = 0
 
 

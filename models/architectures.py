@@ -133,9 +133,9 @@ class SRVGGNetCompact(nn.Module):
 class LumaCompact(nn.Module):
     """The same chain for one channel of detail, added alike to R, G and B of the bilinearly upsampled input.
 
-    So hues are the interpolation's, and grey stays grey. Bilinear is a convolution here, of the picture with
-    its border repeated: OpenVINO has been seen to prepare its own operator for every pixel of a size, for
-    seconds.
+    So hues are the interpolation's until values are clipped to 0..1, and grey stays grey. Bilinear is a
+    convolution here, of the picture with its border repeated: OpenVINO has been seen to prepare its own
+    operator for every pixel of a size, for seconds.
     """
 
     bilinear: Tensor

@@ -120,11 +120,12 @@ def test_r01_real_model_on_openvino_with_interleaved_sizes(
 def test_bundled_models_reach_their_figures(name: str) -> None:
     """As `make eval-model`, on the first engine."""
     from benchmarks.acceptance import Table
-    from training.evaluate import half, manners, quality, work
+    from training.evaluate import half, manners, quality, strokes, work
 
     table = Table()
     quality(table, name, ENGINES[0])
     manners(table, name, ENGINES[0])
+    strokes(table, name, ENGINES[0])
     half(table, name, ENGINES[0])
     if "openvino" in ENGINES:  # which counts them
         work(table, name)

@@ -266,14 +266,17 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
     canvas = Image.new("RGB", (side, side), as_int[0])
     draw = ImageDraw.Draw(canvas)
     pen, upright = rng.uniform(0.8, 3) * _FINER, _upright(rng)
+    outlined = rng.choice([0.0, 0.3, 1.0])  # were all, what is grey and narrow would come out hollow
     for _ in range(int(rng.integers(6, 40))):
         radius = np.exp(rng.uniform(np.log(4 * _FINER), np.log(0.4 * side)))
         centre = rng.uniform(0, 1, 2) * side
         width = max(1, int(pen * rng.uniform(0.5, 1.5)))
-        if rng.random() < 0.4 * (1 - upright):
-            draw.line(
-                _flat(_curve(rng, radius * 4, 2.0) + centre), fill=as_int[1], width=width, joint="curve"
-            )
+        if rng.random() < 0.4:
+            stroke = _curve(rng, radius * 4, 2.0)
+            if rng.random() < upright:
+                stroke[:, rng.integers(2)] = 0
+            shade: Any = as_int[1] if rng.random() < 0.6 else tuple(int(v * 255) for v in palette())
+            draw.line(_flat(stroke + centre), fill=shade, width=width, joint="curve")
             continue
         points = _outline(rng, radius, upright) + centre
         shape = _mask(points, side)
@@ -288,7 +291,9 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
             colour = palette()
             fill = _coloured(_shade(rng, *mask.size), colour, palette.near(colour))
         canvas.paste(fill, (x, y, x + mask.width, y + mask.height), mask)
-        draw.line(_flat(np.concatenate([points, points[:2]])), fill=as_int[1], width=width, joint="curve")
+        if rng.random() < outlined:
+            outline = _flat(np.concatenate([points, points[:2]]))
+            draw.line(outline, fill=as_int[1], width=width, joint="curve")
     return canvas
 
 
@@ -332,14 +337,14 @@ def _text(rng: np.random.Generator, side: int) -> Image.Image:
     palette = _Palette(rng)
     paper, ink = palette(), palette()
     if rng.random() < 0.6:
-        paper, ink = np.clip(paper + 0.7, 0, 1), ink * 0.3
+        paper, ink = np.clip(paper + 0.7, 0, 1), ink * rng.choice([0.3, 1.0])
         if rng.random() < 0.3:
             paper, ink = ink, paper
     canvas = Image.new("RGB", (side, side))
     canvas.paste(_coloured(_shade(rng, side, side), paper, palette.near(paper) * 0.3 + paper * 0.7))
     draw, y = ImageDraw.Draw(canvas), 0.0
     while y < side:
-        size = int(np.exp(rng.uniform(np.log(8), np.log(48))) * _FINER)
+        size = int(np.exp(rng.uniform(np.log(8), np.log(96))) * _FINER)
         font = _font(int(rng.integers(len(_FONTS) + 1)), size)
         for _ in range(int(rng.integers(1, 4))):
             line = "".join(rng.choice(list(_LETTERS), 60))

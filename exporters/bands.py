@@ -148,7 +148,7 @@ def _read(onnx: Any, proto: Any, spec: ModelSpec) -> _Network:
             sizes.update(node.output)
         else:
             network.constants.append(node)
-            weights.update(computed(node, weights, 64))
+            weights.update(computed(node, weights))
     if spec.outputs[0].name not in network.tensors:
         raise NotStreamable(f"the output '{spec.outputs[0].name}' does not depend on the picture")
     return network

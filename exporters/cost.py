@@ -130,7 +130,7 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
     Sizes that a graph computes from its input's are computed too, which onnx's own inference over a whole
     graph does for a few operators only.
     """
-    import onnx.reference
+    import onnx
 
     opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
     types: dict[str, Any] = {}
@@ -150,7 +150,7 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
             shape = _shape(types[node.input[0]])
             values[node.output[0]] = np.array(shape[ends.get("start", 0) : ends.get("end")], np.int64)
         else:
-            values.update(computed(node, values))
+            values.update(computed(node, values, math.inf))
         known = {name: values[name] for name in node.output if name in values}
         for name, array in known.items():
             kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -172,8 +172,11 @@ def infer_shapes(proto: Any, inputs: Mapping[str, tuple[int, ...]]) -> dict[str,
     }
 
 
-def computed(node: Any, values: Mapping[str, Array], most: float = math.inf) -> dict[str, Array]:
-    """What a node gives; nothing where that cannot be told from `values` that are `most` numbers or fewer."""
+def computed(node: Any, values: Mapping[str, Array], most: float = 64) -> dict[str, Array]:
+    """What a node gives; nothing where that cannot be told from `values` that are `most` numbers or fewer.
+
+    By default enough for axes, scales and padding, and too few for weights.
+    """
     import onnx.reference
 
     feeds = {name: values.get(name) for name in node.input if name}

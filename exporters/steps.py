@@ -110,7 +110,7 @@ class Reader:
             raise refuse(node, f"where '{unknown[0]}' comes from is not known")
         self.fixed.append(node)
         self.fixed_names.update(node.output)
-        self.constants.update(computed(node, self.constants, 64))
+        self.constants.update(computed(node, self.constants))
 
     def _of_pictures(self, node: Any, pictures: list[str]) -> None:
         if node.domain not in ("", "ai.onnx"):

@@ -37,7 +37,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 @needs_bf16
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_bf16_is_taken_where_the_picture_passes(channels: int, picture: Any) -> None:
-    x = picture(300, 280, channels, np.float32) / 4  # white noise of full contrast need not
+    x = picture(300, 280, channels, np.float32) / 4  # white noise of full contrast may not pass
     auto = Upscaler("default", backend="openvino", precision="auto")
     result = auto(x)
     assert auto.report.precision == "bf16"

@@ -390,9 +390,6 @@ def test_operators_that_look_too_far_are_refused(
         band_model(model)
 
 
-SIDES = [0, 0, 1, 1] * 2
-
-
 @pytest.mark.parametrize(
     ("pad", "conv", "why"),
     [
@@ -429,7 +426,7 @@ def test_padding_that_is_not_one_convolutions_is_refused(
     if "also" in pad:
         nodes.append(helper.make_node(pad["also"], ["wide", "k"][: 1 + (pad["also"] == "Conv")], ["other"]))
     arrays = {
-        "pads": np.array(pad.get("pads", SIDES)),
+        "pads": np.array(pad.get("pads", [0, 0, 1, 1] * 2)),
         "axes": np.arange(4),
         "none": np.zeros(4, np.int64),
         "one": np.array([1]),

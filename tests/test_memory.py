@@ -62,7 +62,12 @@ def test_the_peak_stays() -> None:
 def test_what_was_measured_holds_for_a_larger_picture(
     engine: str, name: str, side: int, toybox: ToyBox, tmp_path: Path
 ) -> None:
-    """A child of its own runs many times the pixels measured: within the estimate, and not far from it."""
+    """A child of its own runs many times the pixels measured: within the estimate, and not far from it.
+
+    ONNX Runtime's arena grows in regions that double, and a convolution's blocks of 16 channels (AVX-512)
+    fill them badly: of WholePicture it was seen to hold 2.2 to 3.8 times the tensors alive, up and down as
+    sides go from 1000 to 6500. So an estimate that holds for all is up to 1.25 * 3.8 / 2.2 of what one takes.
+    """
     if engine == "torch":
         module = Anime(1) if name == "Anime" else SRVGGNetCompact(features=16, convolutions=2, scale=1)
         source = tmp_path / "weights.pt"
@@ -83,7 +88,7 @@ print(peak() - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     estimate = held.bytes(session.working_bytes({"n": 1, "h": side, "w": side}))
-    assert int(done.stdout) <= estimate <= 1.6 * int(done.stdout)
+    assert int(done.stdout) <= estimate <= (2.2 if engine == "onnxruntime" else 1.6) * int(done.stdout)
 
 
 def test_what_cannot_be_measured_is_none(toybox: ToyBox, caplog: pytest.LogCaptureFixture) -> None:

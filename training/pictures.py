@@ -266,7 +266,7 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
     canvas = Image.new("RGB", (side, side), as_int[0])
     draw = ImageDraw.Draw(canvas)
     pen, upright = rng.uniform(0.8, 3) * _FINER, _upright(rng)
-    outlined = rng.choice([0.0, 0.3, 1.0])  # were all, what is grey and narrow would come out hollow
+    outlined = rng.choice([0.0, 0.3, 1.0, 1.0])  # were all, what is grey and narrow would come out hollow
     for _ in range(int(rng.integers(6, 40))):
         radius = np.exp(rng.uniform(np.log(4 * _FINER), np.log(0.4 * side)))
         centre = rng.uniform(0, 1, 2) * side

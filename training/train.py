@@ -52,17 +52,16 @@ class Recipe:
 
     `patch`: side of the reduced patches, in pixels; `batch` of them a step. `pictures` of `size` pixels are
     at hand at any step, and after `every` steps the oldest gives way to a new one. `rate`: the highest of the
-    learning rates. `squared`: share of the steps, at the end, whose loss is squared.
+    learning rates.
     """
 
     scale: int
     features: int = 32
     convolutions: int = 12
-    steps: int = 7_000
+    steps: int = 9_000
     batch: int = 16
     patch: int = 40
     rate: float = 3e-3
-    squared: float = 0.25
     pictures: int = 384
     size: int = 256
     every: int = 2
@@ -197,11 +196,10 @@ def train(recipe: Recipe, folder: Path) -> Path:
             output = net(low)
         error = output.float() - target
         light = luma(error)  # all that the network can mend
-        early = done < recipe.steps * (1 - recipe.squared)
-        loss = light.abs().mean() if early else 10 * light.square().mean()
-        if not early:  # before, it would cost sharpness
+        loss = light.abs().mean()
+        if done >= recipe.steps * 3 / 4:  # before, it would cost sharpness
             small = flats(recipe, done)
-            loss = loss + 100 * (net(small) - small[..., :1, :1]).square().mean()
+            loss = loss + 10 * (net(small) - small[..., :1, :1]).square().mean()
         net.zero_grad()
         loss.backward()
         for matrix, kernel in zip(matrices, kernels, strict=True):

@@ -46,8 +46,19 @@ BUNDLED = {
 
 
 def bundled_file(name: str, suffix: str = ".onnx") -> Path:
-    """The file of a bundled model; `suffix` is ".onnx" or ".safetensors"."""
-    return _HERE / (BUNDLED[name].name + suffix)
+    """The file of a bundled model; `suffix` is ".onnx" or ".safetensors".
+
+    Raises `ModelLoadError` where it is missing, or does not have the bytes it was published with.
+    """
+    known = BUNDLED[name]
+    path = _HERE / (known.name + suffix)
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}; install anysize again") from error
+    if found != {".onnx": known.sha256, ".safetensors": known.weights_sha256}[suffix]:
+        raise ModelLoadError(f"{path}: is damaged, its sha256 is {found}; install anysize again")
+    return path
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,7 @@ def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> P
     has another is deleted. Threads and processes may call it at once.
 
     Raises `OptionError` (unknown name, no folder to write to), `ModelLoadError` (no network, a server's
-    error, wrong bytes).
+    error, wrong bytes, a bundled file that is damaged).
     """
     if name in BUNDLED:
         return bundled_file(name)

@@ -27,13 +27,14 @@ class Weights:
     sha256: str
 
 
-def load_weights(path: Path) -> Weights:
+def load_weights(path: str | Path) -> Weights:
     """Load `.pth`, `.pt`, `.ckpt` (tensors only, no code is run) or `.safetensors` into their module.
 
     It is one of this package, or where spandrel is installed one of those that spandrel recognises.
 
     Raises `ModelLoadError` naming what was found, `BackendUnavailableError` where torch is missing.
     """
+    path = Path(path)
     try:
         import torch  # noqa: F401 - the architectures and both readers below need it
     except ImportError as error:

@@ -269,6 +269,25 @@ def test_the_command(server: Server, weights: bytes, capsys: pytest.CaptureFixtu
     assert "other: not a known model" in err
 
 
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
+def test_a_bundled_file_that_is_damaged_is_refused(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run, and give a wrong picture."""
+    engine = {".onnx": "openvino", ".safetensors": "torch"}[suffix]
+    data = bytearray(bundled_file("default", suffix).read_bytes())
+    monkeypatch.setattr(registry, "_HERE", tmp_path)
+    with pytest.raises(ModelLoadError, match=f"default{suffix}: cannot be read: No such file"):
+        anysize.load("default", backend=engine)
+    file = tmp_path / f"default{suffix}"
+    file.write_bytes(data)
+    assert bundled_file("default", suffix) == file
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ModelLoadError, match="is damaged, its sha256 is"):
+        anysize.load("default", backend=engine)
+
+
 def test_the_file_at_hand_is_the_one_listed(assets: Path) -> None:
     known, file = KNOWN[NAME], assets / "weights" / f"{NAME}.pth"
     assert file.stat().st_size == known.size

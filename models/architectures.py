@@ -148,11 +148,18 @@ class LumaCompact(nn.Module):
         self.register_buffer("bilinear", _bilinear(scale).repeat(3, 1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x
+        return self.detail(x) + self.base(x)
+
+    def detail(self, x: Tensor) -> Tensor:
+        """What is added, (N, 1, H * scale, W * scale)."""
         for layer in self.luma:
-            y = layer(y)
-        base = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), self.bilinear, groups=3)
-        return F.pixel_shuffle(y, self.scale) + F.pixel_shuffle(base, self.scale)
+            x = layer(x)
+        return F.pixel_shuffle(x, self.scale)
+
+    def base(self, x: Tensor) -> Tensor:
+        """What it is added to, (N, 3, H * scale, W * scale)."""
+        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        return F.pixel_shuffle(F.conv2d(padded, self.bilinear, groups=3), self.scale)
 
 
 def _bilinear(scale: int) -> Tensor:

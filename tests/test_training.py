@@ -126,6 +126,10 @@ def test_a_state_of_another_recipe_or_version_is_refused(
     monkeypatch.setattr(training, "version", lambda name: "0.1")
     with pytest.raises(ValueError, match="another recipe"):
         train(short, tmp_path)
+    for broken in (b"", (tmp_path / "state.pt").read_bytes()[:1000]):
+        (tmp_path / "state.pt").write_bytes(broken)
+        with pytest.raises(ValueError, match=f"{tmp_path.name}: its state cannot be read"):
+            train(short, tmp_path)
 
 
 def test_publishing_changes_nothing_where_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +138,7 @@ def test_publishing_changes_nothing_where_it_fails(tmp_path: Path, monkeypatch: 
     (tmp_path / "bundled.json").write_text("[]")
     state = tmp_path / "state"
     train(replace(SMALL, steps=1), state)
-    with pytest.raises(FileNotFoundError, match="card"):
+    with pytest.raises(SystemExit, match="finish the training first"):
         publish("default", state)
     assert {path.name for path in tmp_path.iterdir()} == {"bundled.json", "state"}
     (state / "card.md").write_text("of a model before")

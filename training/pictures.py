@@ -275,7 +275,9 @@ def _lines(rng: np.random.Generator, side: int) -> Image.Image:
             stroke = _curve(rng, radius * 4, 2.0)
             if rng.random() < upright:
                 stroke[:, rng.integers(2)] = 0
-            shade: Any = as_int[1] if rng.random() < 0.6 else tuple(int(v * 255) for v in palette())
+            shade: Any = as_int[1]
+            if rng.random() < 0.4:  # else what is grey and wide would be taken for two lines
+                shade, width = tuple(int(v * 255) for v in palette()), int(width * rng.uniform(1, 4))
             draw.line(_flat(stroke + centre), fill=shade, width=width, joint="curve")
             continue
         points = _outline(rng, radius, upright) + centre
@@ -303,7 +305,7 @@ def _hatching(
     """Parallel strokes, crossed or not, or a screen of dots; with probability `upright` along the axes."""
     hatched = Image.new("RGB", size, paper)
     draw = ImageDraw.Draw(hatched)
-    gap = pen * rng.uniform(1.6, 4)
+    gap = pen * np.exp(rng.uniform(np.log(1.6), np.log(8)))
     reach = float(np.hypot(*size))
     if rng.random() < 0.2:
         r = gap * rng.uniform(0.2, 0.45)
@@ -311,6 +313,7 @@ def _hatching(
             for x in np.arange(0, size[0], gap):
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=ink)
         return hatched
+    width = max(1, int(gap * rng.uniform(0.2, 0.5)))
     angles = rng.uniform(0, np.pi, int(rng.integers(1, 3)))
     if rng.random() < upright:
         angles = np.round(angles / (np.pi / 2)) * (np.pi / 2)
@@ -320,7 +323,7 @@ def _hatching(
         for offset in np.arange(-reach, reach, gap):
             middle = np.array(size) / 2 + across * offset
             ends = np.stack([middle - along * reach, middle + along * reach])
-            draw.line(_flat(ends), fill=ink, width=max(1, int(pen * 0.7)))
+            draw.line(_flat(ends), fill=ink, width=width)
     return hatched
 
 

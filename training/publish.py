@@ -25,6 +25,8 @@ LIMIT = 1_500_000
 
 def publish(name: str, folder: Path) -> None:
     """Nothing but `folder` is changed where a file is missing, the export fails or is too large."""
+    if not (folder / "card.md").exists():
+        raise SystemExit(f"{folder}: holds no model with its card; finish the training first")
     card = (folder / "card.md").read_text()
     weights = load_weights(folder / "weights.safetensors")
     if weights.sha256 not in card:

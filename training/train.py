@@ -1,7 +1,7 @@
 """Train a bundled model on procedural pictures: `python -m training.train default`.
 
-Data are drawn meanwhile (training/pictures.py) and reduced with antialiased bicubic. Kernels are taught by
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which needs half the steps that Adam
+Data are drawn meanwhile (training/pictures.py) and reduced, most with antialiased bicubic. Kernels are taught
+by Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), which needs half the steps that Adam
 does here, the rest by Adam. A run that was stopped goes on where it last kept its state, and gives what it
 would have given in one go.
 """
@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -48,23 +50,27 @@ _SEEDS = 10**8
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that a model is determined by, but for the versions of what computes it.
+    """What a model is determined by, beside this code, `pictures.py` and the versions of what computes.
 
     `patch`: side of the reduced patches, in pixels; `batch` of them a step. `pictures` of `size` pixels are
     at hand at any step, and after `every` steps the oldest gives way to a new one. `rate`: the highest of the
-    learning rates.
+    learning rates. `averaged`: how many of a step's patches are averaged down; bicubic's edges overshoot, and
+    a hard one, as in screenshots, would be taken for one with a dark line beside it. `flats`: weight in the
+    last quarter's loss of pictures of one colour.
     """
 
     scale: int
     features: int = 32
     convolutions: int = 12
-    steps: int = 9_000
+    steps: int = 8_000
     batch: int = 16
     patch: int = 40
     rate: float = 3e-3
     pictures: int = 384
     size: int = 256
     every: int = 2
+    averaged: int = 2
+    flats: float = 30.0
     seed: int = 0
 
 
@@ -127,6 +133,7 @@ def patches(recipe: Recipe, at_hand: list[Tensor], step: int) -> tuple[Tensor, T
         cut.append(patch.flip(2) if rng.random() < 0.5 else patch)
     target = torch.stack(cut).contiguous()
     low = F.interpolate(target, scale_factor=1 / recipe.scale, mode="bicubic", antialias=True)
+    low[: recipe.averaged] = F.avg_pool2d(target[: recipe.averaged], recipe.scale)
     return (low.clamp(0, 1) * 255).round() / 255, target
 
 
@@ -168,7 +175,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
 
     The folder gets state.pt each `KEPT` steps, log.jsonl (a line each time: step, PSNR in dB of the luma of
     the steps' patches, seconds of work) and, at the end, weights.safetensors. Raises `ValueError` where its
-    state is of another recipe, or of other pictures or versions than are here.
+    state is of another recipe, or of other pictures or versions than are here, or cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -181,25 +188,32 @@ def train(recipe: Recipe, folder: Path) -> Path:
     parts = {"net": net, "average": average, "muon": muon, "adam": adam}
     state: dict[str, Any] = {"of": determined_by(recipe), "step": 0, "log": []}
     if (folder / "state.pt").exists():
-        state = torch.load(folder / "state.pt", weights_only=True)
+        try:
+            state = torch.load(folder / "state.pt", weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            message = f"{folder}: its state cannot be read: {error}; remove it to begin again"
+            raise ValueError(message) from error
         if state.get("of") != determined_by(recipe):
             raise ValueError(f"{folder}: its state is of another recipe; remove it to begin again")
         for name, part in parts.items():
             part.load_state_dict(state[name])
     done = state["step"]
+    if done:
+        print(folder.name, f"goes on from step {done}", flush=True)
     seconds = state["log"][-1]["seconds"] if done else 0
 
     half, began, squares = has_bf16(), time.monotonic() - seconds, list[float]()
     for at_hand in pictures(recipe, done):
         low, target = patches(recipe, at_hand, done)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            output = net(low)
-        error = output.float() - target
-        light = luma(error)  # all that the network can mend
+            detail = net.detail(low)
+        # of light, all that the network can mend; in bf16 the base would be brighter than the picture
+        # (each k / 255 from 32 on is rounded up), and the network would learn to darken it
+        light = detail.float() + luma(net.base(low) - target)
         loss = light.abs().mean()
         if done >= recipe.steps * 3 / 4:  # before, it would cost sharpness
             small = flats(recipe, done)
-            loss = loss + 10 * (net(small) - small[..., :1, :1]).square().mean()
+            loss = loss + recipe.flats * (net(small) - small[..., :1, :1]).square().mean()
         net.zero_grad()
         loss.backward()
         for matrix, kernel in zip(matrices, kernels, strict=True):
@@ -216,7 +230,7 @@ def train(recipe: Recipe, folder: Path) -> Path:
             psnr = -10 * math.log10(sum(squares) / len(squares))
             seconds = time.monotonic() - began
             state["log"].append({"step": done, "psnr": round(psnr, 3), "seconds": round(seconds)})
-            print(json.dumps(state["log"][-1]), flush=True)
+            print(folder.name, json.dumps(state["log"][-1]), flush=True)
             squares.clear()
             state |= {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": done, "made on": made_on()}
@@ -289,8 +303,11 @@ It adds detail to light alone: grey stays grey, and hues are those of bilinear e
 channel would be below 0 or above 1.
 
 * **For** pictures that were reduced cleanly: photographs, drawings, text.
-* **Not for** JPEG's artefacts, noise or blur: it was taught antialiased bicubic reduction alone, and keeps
-  what else is in a picture. Edges between strong colours of the same light gain nothing over bicubic.
+* **Not for** JPEG's artefacts, noise or blur: it was taught antialiased reduction alone, bicubic and, an
+  eighth of it, averaging, and sharpens what else is in a picture, noise too. Edges between strong colours
+  gain less than those of light, and may be worse than bicubic's, as where a channel is cut at 0 or 1.
+* **Guesses**: a grey line of a pixel may be a thinner, darker one; a hard edge next to white, as in
+  screenshots, may have had a thin outline; texture finer than the pixels may be any.
 * **Data**: no one's; drawn by `training/pictures.py` from seeds: dead leaves, line art, textures, and text in
   DejaVu, STIX and Aileron, which are free fonts.
 * **Figures**: docs/bundled-models.md.
@@ -308,7 +325,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # else those that draw would be left behind
     torch.set_num_threads(1)  # the result is that of any number of cores; several models make use of them
     recipe, folder = RECIPES[name], STATE / name
-    train(recipe, folder)
+    try:
+        train(recipe, folder)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped; begun again, it goes on from its last state")
+    except ValueError as error:
+        sys.exit(str(error))
     (folder / "card.md").write_text(card(name, recipe, folder))
 
 

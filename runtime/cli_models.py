@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from anysize.backends.errors import OptionError
+from anysize.backends.errors import ModelLoadError, OptionError
 from anysize.cli_options import FAILED, OK, AsJson, Debug, err, names, out, sizes_of
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
@@ -172,24 +172,23 @@ def models(context: typer.Context, as_json: AsJson = False, debug: Debug = False
 
     if context.invoked_subcommand is not None:
         return OK
-    if as_json:
-        for bundled in BUNDLED.values():
-            print(json.dumps({**asdict(bundled), "file": str(bundled_file(bundled.name))}))  # noqa: T201
-        for known in KNOWN.values():
-            file = local(known)
-            print(json.dumps({**asdict(known), "file": str(file) if file else None}))  # noqa: T201
-        return OK
     models: list[Bundled | Known] = [*BUNDLED.values(), *KNOWN.values()]
     shown = list[str]()
     for model in models:
+        try:
+            file = local(model) if isinstance(model, Known) else bundled_file(model.name)
+        except ModelLoadError:  # damaged
+            file = None
+        if as_json:
+            print(json.dumps({**asdict(model), "file": str(file) if file else None}))  # noqa: T201
         facts = f"{model.name}: {model.architecture} x{model.scale}, {model.licence}"
         if isinstance(model, Known):
-            here = "here" if local(model) else "not here"
+            here = "here" if file else "not here"
             shown += [f"{facts}, {model.size / 1e6:.1f} MB, {here}", f"    {model.url}"]
         else:
-            shown += [f"{facts}, bundled"]
+            shown += [f"{facts}, {'bundled' if file else 'damaged: install anysize again'}"]
         shown += [f"    sha256 {model.sha256}"]
-    for line in shown:
+    for line in () if as_json else shown:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return OK
 

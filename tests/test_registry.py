@@ -271,7 +271,7 @@ def test_the_command(server: Server, weights: bytes, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("suffix", [".onnx", ".safetensors"])
 def test_a_bundled_file_that_is_damaged_is_refused(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would run, and give a wrong picture."""
     engine = {".onnx": "openvino", ".safetensors": "torch"}[suffix]
@@ -286,6 +286,13 @@ def test_a_bundled_file_that_is_damaged_is_refused(
     file.write_bytes(data)
     with pytest.raises(ModelLoadError, match="is damaged, its sha256 is"):
         anysize.load("default", backend=engine)
+    with pytest.raises(SystemExit, match="0"):
+        main(["models"])
+    assert "default: LumaCompact x4, Apache-2.0, damaged: install anysize again" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["models", "--json"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (rows[0]["name"], rows[0]["file"]) == ("default", None)
 
 
 def test_the_file_at_hand_is_the_one_listed(assets: Path) -> None:

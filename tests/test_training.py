@@ -126,7 +126,7 @@ def test_a_state_of_another_recipe_or_version_is_refused(
     monkeypatch.setattr(training, "version", lambda name: "0.1")
     with pytest.raises(ValueError, match="another recipe"):
         train(short, tmp_path)
-    for broken in (b"", (tmp_path / "state.pt").read_bytes()[:1000]):
+    for broken in (b"", b"state", (tmp_path / "state.pt").read_bytes()[:1000]):
         (tmp_path / "state.pt").write_bytes(broken)
         with pytest.raises(ValueError, match=f"{tmp_path.name}: its state cannot be read"):
             train(short, tmp_path)

@@ -156,7 +156,8 @@ def quality(table: Table, name: str, backend: str = "openvino") -> list[str]:
         cells = " | ".join(f"{db:.2f} dB, {similar:.4f}, {hue:.2f}" for db, similar, hue in by.values())
         lines.append(f"| {group} ({len(figures[group][name])}) | {cells} |")
     gain = f"{statistics.mean(gains):.2f} dB, standard error {error:.2f} dB"
-    return [*lines, "", f"`{name}` above bicubic on line art and text: {gain}."]
+    kinds = f"line art {statistics.mean(gains[::2]):.2f} dB, text {statistics.mean(gains[1::2]):.2f} dB"
+    return [*lines, "", f"`{name}` above bicubic on line art and text: {gain}; {kinds}."]
 
 
 def manners(table: Table, name: str, backend: str = "openvino") -> None:

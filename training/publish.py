@@ -25,7 +25,7 @@ LIMIT = 1_500_000
 
 def publish(name: str, folder: Path) -> None:
     """Nothing but `folder` is changed where a file is missing, the export fails or is too large."""
-    if not (folder / "card.md").exists():
+    if not all((folder / file).exists() for file in ("card.md", "weights.safetensors")):
         raise SystemExit(f"{folder}: holds no model with its card; finish the training first")
     card = (folder / "card.md").read_text()
     weights = load_weights(folder / "weights.safetensors")

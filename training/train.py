@@ -190,10 +190,10 @@ def train(recipe: Recipe, folder: Path) -> Path:
     if (folder / "state.pt").exists():
         try:
             state = torch.load(folder / "state.pt", weights_only=True)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-            message = f"{folder}: its state cannot be read: {error}; remove it to begin again"
-            raise ValueError(message) from error
-        if state.get("of") != determined_by(recipe):
+            of = state["of"]
+        except (OSError, EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{folder}: its state cannot be read; remove it to begin again") from error
+        if of != determined_by(recipe):
             raise ValueError(f"{folder}: its state is of another recipe; remove it to begin again")
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -305,9 +305,10 @@ channel would be below 0 or above 1.
 * **For** pictures that were reduced cleanly: photographs, drawings, text.
 * **Not for** JPEG's artefacts, noise or blur: it was taught antialiased reduction alone, bicubic and, an
   eighth of it, averaging, and sharpens what else is in a picture, noise too. Edges between strong colours
-  gain less than those of light, and may be worse than bicubic's, as where a channel is cut at 0 or 1.
-* **Guesses**: a grey line of a pixel may be a thinner, darker one; a hard edge next to white, as in
-  screenshots, may have had a thin outline; texture finer than the pixels may be any.
+  gain less than those of light, and are often worse than bicubic's, as where a channel is cut at 0 or 1.
+* **Guesses**: a grey line of up to three pixels may be a thinner one of more contrast, or an outline; a hard
+  edge next to white or light grey, as in screenshots, may have had a thin outline; texture finer than the
+  pixels may be any.
 * **Data**: no one's; drawn by `training/pictures.py` from seeds: dead leaves, line art, textures, and text in
   DejaVu, STIX and Aileron, which are free fonts.
 * **Figures**: docs/bundled-models.md.
@@ -328,7 +329,7 @@ def main() -> None:
     try:
         train(recipe, folder)
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; begun again, it goes on from its last state")
+        sys.exit(f"{name}: stopped; begun again, it goes on from its last state, kept each {KEPT} steps")
     except ValueError as error:
         sys.exit(str(error))
     (folder / "card.md").write_text(card(name, recipe, folder))

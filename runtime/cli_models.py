@@ -181,6 +181,7 @@ def models(context: typer.Context, as_json: AsJson = False, debug: Debug = False
             file = None
         if as_json:
             print(json.dumps({**asdict(model), "file": str(file) if file else None}))  # noqa: T201
+            continue
         facts = f"{model.name}: {model.architecture} x{model.scale}, {model.licence}"
         if isinstance(model, Known):
             here = "here" if file else "not here"
@@ -188,7 +189,7 @@ def models(context: typer.Context, as_json: AsJson = False, debug: Debug = False
         else:
             shown += [f"{facts}, {'bundled' if file else 'damaged: install anysize again'}"]
         shown += [f"    sha256 {model.sha256}"]
-    for line in () if as_json else shown:
+    for line in shown:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return OK
 

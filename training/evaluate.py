@@ -187,7 +187,7 @@ def manners(table: Table, name: str, backend: str = "openvino") -> None:
 
 def strokes(table: Table, name: str, backend: str = "openvino") -> None:
     """Grey strokes on white, and white ones on grey, 2 to 3 pixels of the reduced picture wide, along both
-    axes: they come out plain, not as outlines."""
+    axes, on average over where they lie between its pixels: at one place some still come out hollow."""
     scale = MODELS[name]
     upscale = anysize.Upscaler(name, backend=backend)
     side, least = 24 * scale, np.inf

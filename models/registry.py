@@ -162,7 +162,7 @@ def fetch(name: str, *, progress: Callable[[int, int], None] | None = None) -> P
     if name in BUNDLED:
         return bundled_file(name)
     if name not in KNOWN:
-        raise OptionError(f"{name}: not a known model; known are {', '.join(KNOWN)}")
+        raise OptionError(f"{name}: not a known model; known are {', '.join([*BUNDLED, *KNOWN])}")
     known = KNOWN[name]
     path = home() / known.file
     if path.is_dir():

@@ -70,6 +70,14 @@ app = typer.Typer(
 )
 
 
+@app.callback()
+def start(context: typer.Context) -> None:
+    # PyTorch's threads spin while they wait; many small runs beside another busy process took fifty times as
+    # long. Read as it is imported. What is commonly done, which `bench` measures, has them as they are.
+    if context.invoked_subcommand != "bench":
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; exits with one of the codes above."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)

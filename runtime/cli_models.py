@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,9 +35,6 @@ def export(
     debug: Debug = False,
 ) -> int:
     """Convert weights to ONNX or OpenVINO IR, with the probed contract inside, verified on every engine."""
-    # PyTorch's threads spin while they wait; many small runs beside another busy process took fifty times as
-    # long. Read as it is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from anysize.backends import available_backends, get_backend
     from anysize.exporters import export as export_module
     from anysize.exporters.exporting import declared_inputs, folder_of
@@ -85,7 +81,7 @@ def export(
 
 
 def parity(
-    model: Annotated[str, typer.Argument(help="A model file or the name of a bundled model.")],
+    model: Annotated[str, typer.Argument(help="A model file, or a name that `anysize models` shows.")],
     backends: Annotated[str | None, typer.Option("--backends", help="Names, separated by commas.")] = None,
     sizes: Annotated[str | None, typer.Option(help="HxW, separated by commas.")] = None,
     precision: Annotated[str, typer.Option(help="f32 or bf16.")] = "f32",

@@ -13,7 +13,9 @@ from rich.console import Console
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 out, err = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A model file or the name of a bundled model.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A model file, or a name that `anysize models` shows.")
+]
 BackendName = Annotated[str, typer.Option("--backend", "-b", help="auto, openvino, onnxruntime, torch, ...")]
 Precision = Annotated[
     str, typer.Option("--precision", help="f32, bf16, int8, or auto: bf16 where it is as good.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -226,6 +227,18 @@ def test_parity(run: Run) -> None:
     assert "FAIL" in out
     assert run("parity", "default", "--sizes", "wide")[0] == 2
     assert run("parity", "default", "--backends", "nothing")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "policy"), [(["backends"], "PASSIVE"), (["bench", "--size", "wide"], None)]
+)
+def test_threads_sleep_while_they_wait_except_where_they_are_measured(
+    run: Run, monkeypatch: pytest.MonkeyPatch, command: list[str], policy: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")  # so that it is given back
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run(*command)
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_backends(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

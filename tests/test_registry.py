@@ -122,7 +122,9 @@ def test_fetched_once_and_loaded_by_name(server: Server, weights: bytes) -> None
     assert fetch(NAME) == path
     assert server.asked == [None]
     assert anysize.load(NAME, backend="torch")(np.zeros((1, 3, 5, 6), np.float32)).shape == (1, 3, 20, 24)
-    with pytest.raises(OptionError, match="unknown: not a known model; known are RealESRGAN_x4plus, "):
+    with pytest.raises(
+        OptionError, match="not a known model; known are default, default-x2, RealESRGAN_x4plus, "
+    ):
         fetch("unknown")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import anysize
 import numpy as np
 import pyvips
-from anysize.pixels import resize
+from anysize.pixels import quantise, resize, to_float
 
 WIDTH, HEIGHT, SCALE = 200, 150, 4
 
@@ -80,8 +80,8 @@ def main() -> None:
     report = anysize.upscale_file(folder / "input.png", folder / "output.png")
     small, large = (pyvips.Image.new_from_file(str(folder / n)) for n in ("input.png", "output.png"))
     # libvips' own enlarging is half a pixel off
-    enlarged = resize(small.numpy().astype(np.float32), HEIGHT * SCALE, WIDTH * SCALE)
-    bicubic = pyvips.Image.new_from_array(enlarged.round().clip(0, 255).astype(np.uint8))
+    enlarged = resize(to_float(small.numpy()), HEIGHT * SCALE, WIDTH * SCALE)
+    bicubic = pyvips.Image.new_from_array(quantise(enlarged, np.dtype(np.uint8)))
     bicubic.join(large, "horizontal", shim=8, background=255).write_to_file(str(folder / "sheet.png"))
     truth = rasterise(svg, WIDTH * SCALE)
     print(

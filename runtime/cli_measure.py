@@ -39,9 +39,7 @@ def bench(
     method: Annotated[list[str] | None, typer.Option(help="auto, stream, tile or whole; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of the engine; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in which the cases take turns.")] = 7,
-    quick: Annotated[
-        bool, typer.Option(help="Three rounds at most, none after 100 seconds and two.")
-    ] = False,
+    quick: Annotated[bool, typer.Option(help="Three rounds, the third only within 100 seconds.")] = False,
     sweep: Annotated[
         str | None, typer.Option(help="'sizes': restyle --picture at 256 to 1080: time, memory, SSIM.")
     ] = None,
